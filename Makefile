@@ -1,0 +1,45 @@
+# make quickstart   raw text to a trained, resumed model in minutes, each step shown as the command it is
+# make test         the whole test suite
+# make check        style
+PYTHON ?= python3
+VENV ?= .venv
+# The interpreter with everything installed. CPU-only machines take the CPU build of torch where the package index offers one; see README.
+PY = $(VENV)/bin/python
+TORCH ?= torch>=2.10,<2.14
+STEPS ?= 220
+
+export PATH := $(abspath $(VENV))/bin:$(PATH)
+export OMP_NUM_THREADS ?= 1
+
+.PHONY: quickstart install test check clean
+
+$(VENV)/installed: setup.py
+	$(PYTHON) -m venv $(VENV)
+	$(PY) -m pip install --quiet "$(TORCH)"
+	$(PY) -m pip install --quiet -e ".[test]"
+	touch $@
+
+install: $(VENV)/installed
+
+quickstart: install
+	python tools/download.py --dataset pystdlib --out data/raw/pystdlib.jsonl --max-bytes 24M
+	python tools/train_tokenizer.py data/raw/pystdlib.jsonl --vocab-size 4096 --out data/tokenizers/pystdlib-4k
+	python tools/tokenize_parallel.py data/raw/pystdlib.jsonl --tokenizer data/tokenizers/pystdlib-4k --seq-len 256 --val-ratio 0.02 --workers 2 --out data/pystdlib
+	torchrun --nproc-per-node $(RANKS) launch/train.py --config configs/toy.yaml --steps-today $(STEPS)
+	torchrun --nproc-per-node 1 launch/train.py --config configs/toy.yaml engine.zero_stage=2
+	python tools/ledger.py show checkpoints/toy
+	python tools/report.py checkpoints/toy
+	python launch/generate.py checkpoints/toy --prompt "def " --max-tokens 120 --seed 1
+
+# two gloo ranks without a GPU; with GPUs one rank each over NCCL
+RANKS = $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo gpu || echo 2)
+
+test: install
+	python -m pytest
+
+check: install
+	ruff check .
+
+clean:
+	rm -rf $(VENV) build *.egg-info .pytest_cache .ruff_cache
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

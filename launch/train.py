@@ -1,0 +1,59 @@
+"""Train a model, or go on training it: the same command again resumes where the run stands.
+
+  python launch/train.py --config configs/toy.yaml
+  torchrun --nproc-per-node 2 launch/train.py --config configs/toy.yaml --steps-today 200
+  deepspeed --num_gpus 2 launch/train.py --config configs/toy.yaml engine.zero_stage=2
+"""
+
+import time
+
+STARTED_AT = time.monotonic()
+
+from llm import cli  # noqa: E402 - the clock above counts imports as well
+
+
+def main() -> None:
+    args = _parser().parse_args()
+    from llm import dist
+    from llm.config import load_config
+
+    world = dist.start()
+    overrides = [*args.overrides, *([f"engine.device={args.device}"] if args.device else [])]
+    if args.rechunk:
+        overrides.append("data.rechunk=true")
+    cfg = world.together(lambda: load_config(args.config, overrides, preset=args.model))
+    world = world.on(world.together(lambda: dist.pick_device(cfg.engine.device, world)))
+
+    from llm.train.phases import Wish
+    from llm.train.run import Options, train
+
+    wish = Wish(only_new=args.only_new, reset_epoch=args.reset_epoch, dataset=args.dataset)
+    options = Options(
+        STARTED_AT, args.steps_today, args.minutes_today, wish, args.init_from, args.fresh, tuple(args.accept_change or ())
+    )
+    train(cfg, world, options)
+    dist.stop(world)
+
+
+def _parser() -> cli.Parser:
+    parser = cli.parser(__doc__)
+    parser.add_config()
+    today = parser.add_argument_group("this sitting")
+    today.add_argument("--steps-today", type=int, metavar="N", help="stop after N steps, save, and go on another day")
+    today.add_argument("--minutes-today", type=float, metavar="M", help="stop in time to have saved within M minutes, start-up included")
+    data = parser.add_argument_group("which data")
+    data.add_argument("--only-new", action="store_true", help="finish the open phase, then train on text the run has not held yet")
+    data.add_argument("--dataset", metavar="NAME", help="train on this one of the datasets in data.data_path")
+    data.add_argument("--reset-epoch", action="store_true", help="another pass over data that the run has finished")
+    data.add_argument("--rechunk", action="store_true", help="allow shards that were made for another seq_len")
+    start = parser.add_argument_group("starting and going on")
+    start.add_argument("--init-from", metavar="RUN|FOLDER", help="start a new run from another one's weights")
+    start.add_argument("--fresh", action="store_true", help="move an existing run of this name aside and begin at step 0")
+    start.add_argument("--accept-change", action="append", metavar="FIELD", help="go on although this setting has changed, for example train.lr")
+    start.add_argument("--device", help="cpu, cuda, cuda:N or mps instead of the config's engine.device")
+    parser.add_argument("--local-rank", help="given by the deepspeed launcher; not used")
+    return parser
+
+
+if __name__ == "__main__":
+    cli.run(main)

@@ -1,0 +1,113 @@
+"""MANIFEST.json, the commit record of a checkpoint: what it holds, what it came from, and the hash of every file."""
+
+import hashlib
+import json
+import re
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
+
+from llm.checkpoint.slices import CheckpointError
+
+NAME = "MANIFEST.json"
+FORMAT = "tally-checkpoint/1"
+MAX_BYTES = 1 << 30  # a forged size must not fill the memory
+
+
+def _plain_path(path: str) -> str:
+    """A file's name, or tokenizer/name: nothing that could lead out of the folder."""
+    if not re.fullmatch(r"(tokenizer/)?[A-Za-z0-9_-][A-Za-z0-9._-]*", path):
+        raise ValueError("is not a plain file name")
+    return path
+
+
+class _Record(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, strict=True)
+
+
+class Chunk(_Record):
+    name: str
+    kind: Literal["fp32", "exp_avg", "exp_avg_sq"]
+    start: NonNegativeInt
+    numel: NonNegativeInt
+
+
+class File(_Record):
+    path: Annotated[str, AfterValidator(_plain_path)]
+    bytes: NonNegativeInt
+    sha256: str = Field(pattern=r"^[0-9a-f]{64}$")
+    chunks: list[Chunk] = []
+
+
+class Parameter(_Record):
+    name: str
+    shape: list[NonNegativeInt]
+
+
+class Parent(_Record):
+    name: str
+    manifest_sha256: str
+
+
+class Manifest(_Record):
+    """Everything but the tensors. `ledger` is llm.data's, `engine` the engine's own scalars, `config` the resolved run config."""
+
+    format: Literal["tally-checkpoint/1"] = FORMAT
+    run_id: str
+    attempt: NonNegativeInt
+    step: NonNegativeInt
+    tokens_seen: NonNegativeInt
+    parent: Parent | None
+    world_size: NonNegativeInt
+    global_rows: NonNegativeInt
+    config: dict[str, Any]
+    tokenizer_fingerprint: str
+    ledger: dict[str, Any]
+    chain: str
+    """Digest chain over the data that was really fed (llm.data.stream.chain)."""
+    engine: dict[str, Any]
+    versions: dict[str, str]
+    metrics: dict[str, float | None]
+    epoch_end: bool
+    params: list[Parameter]
+    files: list[File]
+    state_hash: int
+    self_sha256: str = ""
+
+    @property
+    def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
+        return [(p.name, tuple(p.shape)) for p in self.params]
+
+    def text(self) -> str:
+        """The JSON to write, sealed with a hash of everything else."""
+        fields = self.model_dump(mode="json", exclude={"self_sha256"})
+        return json.dumps(fields | {"self_sha256": _seal(fields)}, indent=1)
+
+
+def _seal(fields: dict) -> str:
+    return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def _unique(pairs: list[tuple[str, Any]]) -> dict:
+    keys = [key for key, _ in pairs]
+    if len(keys) != len(set(keys)):
+        raise ValueError("a key is given twice")
+    return dict(pairs)
+
+
+def read_manifest(folder: Path) -> Manifest:
+    """Parse and check a checkpoint's manifest. Raises CheckpointError that names the file."""
+    path = folder / NAME
+    try:
+        if path.stat().st_size > MAX_BYTES:
+            raise ValueError(f"is {path.stat().st_size:,} bytes, more than any manifest")
+        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        manifest = Manifest.model_validate(fields)
+        fields.pop("self_sha256")
+        if manifest.self_sha256 != _seal(fields):
+            raise ValueError("its content does not match its own hash")
+    except (OSError, ValueError, ValidationError, RecursionError) as error:
+        reason = str(error).splitlines()[0] if not isinstance(error, OSError) else error.strerror
+        raise CheckpointError(f"{path}: not a sound checkpoint manifest ({reason}).") from None
+    return manifest

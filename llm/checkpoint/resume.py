@@ -1,0 +1,90 @@
+"""Resuming: find the newest checkpoint that is whole, agreed by all ranks; readers open one without changing anything."""
+
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+
+from llm.checkpoint import folder
+from llm.checkpoint.manifest import NAME, Manifest, read_manifest
+from llm.checkpoint.saver import file_sha256
+from llm.checkpoint.slices import CheckpointError, SliceReader
+from llm.dist import World
+from llm.log import log
+
+
+@dataclass(frozen=True)
+class Checkpoint:
+    """A committed checkpoint that may be read."""
+
+    folder: Path
+    manifest: Manifest
+
+    @cached_property
+    def reader(self) -> SliceReader:
+        return SliceReader(self.folder, self.manifest.shapes, [f.model_dump() for f in self.manifest.files])
+
+
+def damage(checkpoint: Path, manifest: Manifest, share: tuple[int, int] = (0, 1)) -> str | None:
+    """The first thing wrong with this rank's share (rank, size) of the files, in words; None when sound."""
+    rank, size = share
+    for record in manifest.files[rank::size]:
+        path = checkpoint / record.path
+        if not path.is_file() or path.is_symlink():
+            return f"{path}: is missing"
+        if path.stat().st_size != record.bytes:
+            return f"{path}: has {path.stat().st_size:,} bytes, the manifest says {record.bytes:,}"
+        if file_sha256(path) != record.sha256:
+            return f"{path}: its content does not match the hash in the manifest"
+    return None
+
+
+def open_checkpoint(path: str | Path, step: int | None = None) -> Checkpoint:
+    """Open a checkpoint folder, or the newest sound one (or that of `step`) in a run's folder. Verified; changes nothing."""
+    path = Path(path)
+    if (path / NAME).exists():
+        manifest = read_manifest(path)
+        problem = damage(path, manifest)
+        if problem:
+            raise CheckpointError(f"{problem}. This checkpoint is damaged; use another step of the run.")
+        return Checkpoint(path, manifest)
+    found = [e for e in folder.entries(path) if step is None or e.step == step]
+    if not found:
+        steps = ", ".join(str(e.step) for e in folder.entries(path))
+        wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
+        raise CheckpointError(f"{path}: {wanted} here{f' (there are steps {steps})' if steps else ''}. Give a run's folder, such as checkpoints/toy.")
+    for entry in reversed(found):
+        try:
+            return open_checkpoint(entry.path)
+        except CheckpointError as error:
+            log.warning(f"{error} Trying an older one.")
+    raise CheckpointError(f"{path}: none of its {len(found)} checkpoints is sound.")
+
+
+def newest(world: World, run: Path) -> Checkpoint | None:
+    """The checkpoint to go on from, the same on every rank; None for a run that never committed one. Collective.
+
+    A damaged one is named and moved to quarantine, and the next older is tried. Raises CheckpointError when none is left.
+    """
+    names = world.on_rank_0(lambda: [e.path.name for e in reversed(folder.entries(run))])
+    for name in names:
+        path = run / name
+        manifest, problem = None, None
+        try:
+            manifest = read_manifest(path)
+            problem = damage(path, manifest, (world.rank, world.size))
+        except CheckpointError as error:
+            problem = str(error)
+        except OSError as error:
+            problem = f"{path}: cannot be read ({error})"
+        problem = next((p for p in world.gather(problem) if p), None)
+        if problem is None:
+            return Checkpoint(path, manifest)
+        if world.rank == 0:
+            log.error(f"{problem}. This checkpoint is not used; it is now in {folder.quarantine(path)}.")
+        world.barrier()
+    if names or world.on_rank_0(lambda: folder.has_committed(run)):
+        raise CheckpointError(
+            f"{run}: the run has saved before, but no sound checkpoint is left. It does not start again from step 0 by itself: "
+            f"restore a checkpoint folder, or give --fresh, which moves the old run aside and begins anew."
+        )
+    return None

@@ -1,0 +1,46 @@
+"""Random number generators of this process as plain JSON."""
+
+import base64
+import random
+from typing import Any
+
+import numpy as np
+
+
+def rng_state() -> dict[str, Any]:
+    """States of python, numpy and torch (CPU and, where used, the current CUDA device)."""
+    import torch
+
+    version, python, gauss = random.getstate()
+    algorithm, keys, position, has_gauss, cached = np.random.get_state()
+    state = {
+        "python": [version, list(python), gauss],
+        "numpy": [algorithm, keys.tolist(), position, has_gauss, cached],
+        "torch": _encode(torch.get_rng_state()),
+    }
+    if torch.cuda.is_available():
+        state["cuda"] = _encode(torch.cuda.get_rng_state())
+    return state
+
+
+def set_rng_state(state: dict[str, Any]) -> None:
+    """Put every generator back to where `rng_state` found it."""
+    import torch
+
+    version, python, gauss = state["python"]
+    random.setstate((version, tuple(python), gauss))
+    algorithm, keys, position, has_gauss, cached = state["numpy"]
+    np.random.set_state((algorithm, np.array(keys, dtype=np.uint32), position, has_gauss, cached))
+    torch.set_rng_state(_decode(state["torch"]))
+    if "cuda" in state and torch.cuda.is_available():
+        torch.cuda.set_rng_state(_decode(state["cuda"]))
+
+
+def _encode(tensor) -> str:
+    return base64.b64encode(tensor.numpy().tobytes()).decode()
+
+
+def _decode(text: str):
+    import torch
+
+    return torch.frombuffer(bytearray(base64.b64decode(text)), dtype=torch.uint8)

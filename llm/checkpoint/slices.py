@@ -1,0 +1,163 @@
+"""Training state as 1-D slices of named parameters: written and hashed in one pass, read back for any cut.
+
+A parameter is three flat fp32 tensors (weight and two Adam moments). Whoever owns elements [start, start + n) of one, under whatever
+engine, stage and number of ranks, writes that slice; whoever needs other bounds reads across slices. One safetensors file a rank.
+"""
+
+import hashlib
+import json
+import os
+from bisect import bisect_right
+from collections import defaultdict
+from collections.abc import Iterable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from llm.log import UserError
+
+if TYPE_CHECKING:
+    import torch
+
+KINDS = ("fp32", "exp_avg", "exp_avg_sq")
+COPY_ELEMENTS = 1 << 22  # bounds the host memory of a save to a few copies of 16 MiB
+
+
+class CheckpointError(UserError):
+    """A checkpoint is missing, damaged, or of another run."""
+
+
+@dataclass(frozen=True)
+class Slice:
+    """Elements [start, start + len(values)) of the flattened parameter `name`; values are 1-D fp32 on any device."""
+
+    name: str
+    kind: str
+    start: int
+    values: "torch.Tensor"
+
+    @property
+    def key(self) -> str:
+        return f"{self.name}/{self.kind}/{self.start}"
+
+
+def write_slices(path: Path, slices: Iterable[Slice]) -> dict:
+    """Write one safetensors file and fsync it; returns its manifest record {path, bytes, sha256, chunks}. Raises OSError.
+
+    Format: https://huggingface.co/docs/safetensors (u64 header length, JSON header, raw bytes). Written by hand because the library
+    wants everything in host memory at once and does not hash.
+    """
+    slices = [s for s in slices if s.values.numel()]
+    header, offset = {"__metadata__": {"format": "tally-slices/1"}}, 0
+    for s in slices:
+        nbytes = 4 * s.values.numel()
+        header[s.key] = {"dtype": "F32", "shape": [s.values.numel()], "data_offsets": [offset, offset + nbytes]}
+        offset += nbytes
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)  # data must start at a multiple of eight
+    digest, size = hashlib.sha256(), 0
+    with open(path, "xb") as file:
+        for piece in _pieces(text, slices):
+            digest.update(piece)
+            size += file.write(piece)
+        file.flush()
+        os.fsync(file.fileno())
+    chunks = [{"name": s.name, "kind": s.kind, "start": s.start, "numel": s.values.numel()} for s in slices]
+    return {"path": path.name, "bytes": size, "sha256": digest.hexdigest(), "chunks": chunks}
+
+
+def _pieces(header: bytes, slices: list[Slice]):
+    yield len(header).to_bytes(8, "little")
+    yield header
+    for s in slices:
+        for begin in range(0, s.values.numel(), COPY_ELEMENTS):
+            yield s.values[begin : begin + COPY_ELEMENTS].detach().float().cpu().contiguous().numpy().data.cast("B")
+
+
+def coverage_gaps(params: list[tuple[str, int]], files: list[dict]) -> list[str]:
+    """What is not covered exactly once, in words. `params`: (name, element count); `files`: manifest records."""
+    intervals = _intervals(files)
+    problems = []
+    for name, numel in params:
+        for kind in KINDS:
+            reached = 0
+            for start, n, _ in intervals.pop((name, kind), []):
+                if start != reached:
+                    problems.append(f"{name}/{kind}: {'gap' if start > reached else 'overlap'} at element {min(start, reached):,}")
+                reached = max(reached, start + n)
+            if reached != numel:
+                problems.append(f"{name}/{kind}: covered to element {reached:,} of {numel:,}")
+    return problems + [f"{name}/{kind}: no such parameter" for name, kind in intervals]
+
+
+def _intervals(files: list[dict]) -> dict[tuple[str, str], list[tuple[int, int, str]]]:
+    found = defaultdict(list)
+    for file in files:
+        for chunk in file.get("chunks", []):
+            found[chunk["name"], chunk["kind"]].append((chunk["start"], chunk["numel"], file["path"]))
+    return {key: sorted(spans) for key, spans in found.items()}
+
+
+class SliceReader:
+    """Reads any range of any parameter from a committed checkpoint folder."""
+
+    def __init__(self, folder: Path, params: list[tuple[str, tuple[int, ...]]], files: list[dict]):
+        self.folder, self.shapes = folder, dict(params)
+        self._intervals, self._open = _intervals(files), {}
+
+    def read(self, name: str, kind: str, start: int, numel: int) -> "torch.Tensor":
+        """Elements [start, start + numel), 1-D fp32 on the CPU."""
+        import torch
+
+        spans = self._intervals.get((name, kind))
+        if spans is None:
+            raise CheckpointError(f"{self.folder}: holds no {kind} of parameter '{name}'; it was saved from another model.")
+        pieces, at = [], start
+        first = max(0, bisect_right(spans, start, key=lambda s: s[0]) - 1)
+        for begin, n, path in spans[first:]:
+            if at >= start + numel:
+                break
+            stop = min(begin + n, start + numel)
+            pieces.append(self._tensor(path, f"{name}/{kind}/{begin}", at - begin, stop - begin))
+            at = stop
+        assert at >= start + numel, (name, kind, start, numel, at)
+        return pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else torch.empty(0)
+
+    def read_full(self, name: str, kind: str = "fp32") -> "torch.Tensor":
+        """The whole parameter in its shape."""
+        shape = self.shapes.get(name, ())
+        numel = 1
+        for n in shape:
+            numel *= n
+        return self.read(name, kind, 0, numel).view(shape)
+
+    def _tensor(self, path: str, key: str, begin: int, stop: int) -> "torch.Tensor":
+        from safetensors import safe_open
+
+        if path not in self._open:
+            self._open[path] = safe_open(self.folder / path, framework="pt")
+        return self._open[path].get_slice(key)[begin:stop]
+
+
+def state_hash(slices: Iterable[Slice]) -> int:
+    """A signed 64-bit sum over elements of a mix of (parameter, kind, index, bits): add the ranks' sums, wrapping, for the state's hash.
+
+    A sum does not care who held which element, so it is the same for every engine, stage and world size. Mixing: splitmix64.
+    """
+    total = 0
+    for s in slices:
+        name = int.from_bytes(hashlib.sha256(f"{s.name}/{s.kind}".encode()).digest()[:8], "little", signed=True)
+        for begin in range(0, s.values.numel(), COPY_ELEMENTS):
+            total += _mixed_sum(s.values[begin : begin + COPY_ELEMENTS], s.start + begin, name)
+    return (total + 2**63) % 2**64 - 2**63
+
+
+def _mixed_sum(values: "torch.Tensor", start: int, name: int) -> int:
+    import torch
+
+    bits = values.detach().float().contiguous().view(torch.int32).to(torch.int64)
+    z = torch.arange(start, start + bits.numel(), dtype=torch.int64, device=bits.device)
+    z = (z * -7046029254386353131 + name) ^ bits  # 0x9e3779b97f4a7c15, as a signed number
+    z = (z ^ (z >> 30 & (1 << 34) - 1)) * -4658895280553007687
+    z = (z ^ (z >> 27 & (1 << 37) - 1)) * -7723592293110705685
+    return int((z ^ (z >> 31 & (1 << 33) - 1)).sum().item())

@@ -1,0 +1,57 @@
+"""Command lines: one parser for every script, and the place where a UserError becomes exit code 2."""
+
+import argparse
+import sys
+from collections.abc import Callable
+
+from llm.log import UserError, terminal
+
+
+class Parser(argparse.ArgumentParser):
+    """Takes `--steps-today` and `--steps_today` alike."""
+
+    def parse_known_args(self, args=None, namespace=None):
+        args = list(sys.argv[1:] if args is None else args)
+        return super().parse_known_args([_dashed(a) for a in args], namespace)
+
+    def add_config(self) -> None:
+        """Add the arguments that choose and change a run's config."""
+        source = self.add_mutually_exclusive_group()
+        source.add_argument("--config", metavar="FILE", help="the run, as YAML or JSON")
+        source.add_argument("--model", metavar="NAME", help="short for --config configs/NAME.*")
+        self.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single values of the config")
+
+
+def parser(description: str) -> Parser:
+    """A parser whose help keeps the description's line breaks."""
+    return Parser(description=description, formatter_class=argparse.RawDescriptionHelpFormatter)
+
+
+def _dashed(word: str) -> str:
+    if not word.startswith("--"):
+        return word
+    flag, equals, value = word.partition("=")
+    return flag.replace("_", "-") + equals + value
+
+
+def run(main: Callable[[], int | None]) -> None:
+    """Run a script's `main` and leave with its exit code; 2 and one paragraph for a UserError, 130 for Ctrl-C."""
+    try:
+        code = main() or 0
+    except UserError as error:
+        if not error.told:
+            print(f"error: {error}", file=sys.stderr if terminal() is sys.stdout else terminal(), flush=True)
+        code = 2
+    except KeyboardInterrupt:
+        print("interrupted", file=terminal(), flush=True)
+        code = 130
+    sys.exit(code)
+
+
+def byte_count(text: str) -> int:
+    """Type of an argument that counts bytes: 500000, 500k, 24M, 2G (powers of 1,000)."""
+    number, factor = text[:-1], {"k": 10**3, "m": 10**6, "g": 10**9}.get(text[-1:].lower())
+    try:
+        return int(float(number) * factor) if factor else int(text)
+    except ValueError:
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number of bytes; write 500000, 500k, 24M or 2G") from None

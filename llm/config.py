@@ -1,0 +1,412 @@
+"""Every setting of a run: types, ranges, and errors that name the field. No torch here, so that `--help` and planning stay fast.
+
+A run is one YAML (or JSON) file plus `section.key=value` words. Field names are unique across sections, so a flat file loads as well.
+"""
+
+import difflib
+import json
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import yaml
+from pydantic import (
+    BaseModel,
+    BeforeValidator,
+    ConfigDict,
+    Field,
+    NonNegativeInt,
+    PositiveFloat,
+    PositiveInt,
+    ValidationError,
+    ValidationInfo,
+    field_validator,
+)
+
+from llm.log import UserError
+
+VOCAB_MULTIPLE = 128  # padded vocabularies keep the head's matmul on aligned tiles
+Fraction = Annotated[float, Field(ge=0, le=1)]
+
+
+class ConfigError(UserError):
+    """The config file or an override is wrong."""
+
+
+class Section(BaseModel):
+    model_config = ConfigDict(frozen=True, extra="forbid", allow_inf_nan=False, protected_namespaces=())
+
+
+def _interval(value: Any) -> int | str:
+    """Check steps (a whole number, 0 = never) or a percentage of the phase, such as 10%."""
+    text = str(value).strip()
+    if text.endswith("%") and 0 < float(text[:-1]) <= 100:
+        return text
+    if isinstance(value, bool) or not text.isdigit():
+        raise ValueError("give a number of steps (0: never) or a percentage of the phase such as 10%")
+    return int(text)
+
+
+Interval = Annotated[int | str, BeforeValidator(_interval)]
+
+
+def interval_steps(interval: Interval, phase_steps: int) -> int:
+    """The interval in optimizer steps for a phase of `phase_steps`; 0 means never."""
+    if isinstance(interval, str):
+        return max(1, round(float(interval[:-1]) / 100 * phase_steps))
+    return interval
+
+
+class ModelConfig(Section):
+    """One decoder-only transformer. Letters in the code: D=d_model, H=n_heads, G=n_kv_heads, K=d_head, F=d_ff, V=vocab_size, T=seq_len."""
+
+    model_name: str = "custom"
+    n_layers: PositiveInt
+    d_model: PositiveInt
+    n_heads: PositiveInt
+    n_kv_heads: PositiveInt | None = Field(None, validate_default=True)
+    """None: as many as n_heads (no grouped-query attention)."""
+    d_head: PositiveInt | None = Field(None, validate_default=True)
+    """None: d_model / n_heads."""
+    d_ff: PositiveInt
+    seq_len: PositiveInt
+    vocab_size: PositiveInt | None = None
+    """None: the tokenizer's, padded up to a multiple of 128."""
+    norm: Literal["rmsnorm", "layernorm"] = "rmsnorm"
+    norm_eps: PositiveFloat = 1e-5
+    positions: Literal["rope", "learned"] = Field("rope", validate_default=True)
+    rope_theta: PositiveFloat = 10_000.0
+    mlp: Literal["swiglu", "gelu"] = "swiglu"
+    bias: bool = False
+    qk_norm: bool = False
+    tie_embeddings: bool = False
+    init_std: PositiveFloat = 0.02
+    attention: Literal["sdpa", "eager"] = "sdpa"
+
+    @field_validator("n_kv_heads")
+    @classmethod
+    def _group_heads(cls, given: int | None, info: ValidationInfo) -> int | None:
+        heads = info.data.get("n_heads")
+        if given and heads and heads % given:
+            raise ValueError(f"n_heads {heads} is not a multiple of it")
+        return given or heads
+
+    @field_validator("d_head")
+    @classmethod
+    def _split_width(cls, given: int | None, info: ValidationInfo) -> int | None:
+        heads, width = info.data.get("n_heads"), info.data.get("d_model")
+        if given is None and heads and width:
+            if width % heads:
+                raise ValueError(f"d_model {width} is not divisible by n_heads {heads}; change one of them or give d_head")
+            given = width // heads
+        return given
+
+    @field_validator("positions")
+    @classmethod
+    def _rope_needs_pairs(cls, given: str, info: ValidationInfo) -> str:
+        if given == "rope" and (info.data.get("d_head") or 0) % 2:
+            raise ValueError(f"rope turns pairs of dimensions, so d_head must be even, not {info.data['d_head']}")
+        return given
+
+    def with_vocab(self, tokenizer_vocab: int) -> "ModelConfig":
+        """This config with `vocab_size` settled; refuses one that is smaller than the tokenizer's."""
+        if self.vocab_size is None:
+            padded = -(-tokenizer_vocab // VOCAB_MULTIPLE) * VOCAB_MULTIPLE
+            return self.model_copy(update={"vocab_size": padded})
+        if self.vocab_size < tokenizer_vocab:
+            raise ConfigError(
+                f"model.vocab_size is {self.vocab_size:,} but the tokenizer has {tokenizer_vocab:,} tokens: its largest ids would "
+                f"have no embedding. Leave vocab_size out (it is then taken from the tokenizer) or raise it."
+            )
+        return self
+
+
+class TokenizerConfig(Section):
+    tokenizer_path: str
+    tokenizer_type: Literal["huggingface", "bpe", "tiktoken"] | None = None
+    """None: recognised from what lies at tokenizer_path."""
+
+
+class DataConfig(Section):
+    data_path: str | list[str] | dict[str, str]
+    """Dataset folders made by tools/tokenize_parallel.py, single shards, or .jsonl files with one list of ids a line; a mapping names them for --dataset."""
+    save_bin: bool = True
+    """Keep the shard that an imported .jsonl becomes beside it; false: keep it in the run's folder."""
+    rechunk: bool = False
+    """Allow shards that were made for another seq_len."""
+
+    @property
+    def datasets(self) -> dict[str, str]:
+        """Dataset name -> path; unnamed ones are called by the last part of their path."""
+        if isinstance(self.data_path, dict):
+            return self.data_path
+        paths = [self.data_path] if isinstance(self.data_path, str) else self.data_path
+        return {Path(p).name: p for p in paths}
+
+
+class TrainConfig(Section):
+    lr: PositiveFloat
+    """Peak learning rate."""
+    batch_size: PositiveInt
+    """Rows per rank and micro-batch."""
+    grad_accum: PositiveInt | None = None
+    batch_tokens: PositiveInt | None = None
+    """Global batch in tokens; accumulation then follows from the number of ranks, and the run's numbers do not depend on it."""
+    epochs: PositiveInt = 1
+    total_step_budget: NonNegativeInt = 0
+    """Steps of the whole run; 0: each phase brings its own, epochs x samples / batch."""
+    schedule: Literal["cosine", "linear", "wsd", "constant"] = "cosine"
+    warmup_steps: Interval = "2%"
+    min_lr_ratio: Fraction = 0.1
+    decay_steps: Interval = "20%"
+    """wsd: steps of the final decay to min_lr_ratio, when total_step_budget says where the end is; 0: never decays."""
+    weight_decay: Annotated[float, Field(ge=0)] = 0.1
+    """On matrices only; norms, biases and embeddings go without."""
+    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    adam_eps: PositiveFloat = 1e-8
+    clip_norm: PositiveFloat | None = 1.0
+    """Global L2 norm; None leaves gradients alone."""
+    seed: NonNegativeInt = 1337
+    eval_every: Interval = "10%"
+    eval_rows: NonNegativeInt = 256
+    """Validation rows (of seq_len tokens) per evaluation; 0: all."""
+
+    @field_validator("batch_tokens")
+    @classmethod
+    def _one_batch_size(cls, given: int | None, info: ValidationInfo) -> int | None:
+        if given and info.data.get("grad_accum"):
+            raise ValueError("give grad_accum or batch_tokens, not both: either one decides the global batch")
+        return given
+
+
+class EngineConfig(Section):
+    zero_stage: Literal[0, 1, 2, 3] = 0
+    """0: plain torch, with DDP on several ranks; 1-3: DeepSpeed ZeRO."""
+    precision: Literal["bf16", "fp32"] = "bf16"
+    """bf16: autocast over fp32 weights."""
+    compile: bool = False
+    activation_checkpointing: bool = False
+    offload: bool = False
+    ds_config: str | None = None
+    """A DeepSpeed JSON; None: ds_configs/zeroN.json of the chosen stage."""
+    device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
+
+    @field_validator("offload")
+    @classmethod
+    def _offload_needs_zero(cls, given: bool, info: ValidationInfo) -> bool:
+        if given and info.data.get("zero_stage") == 0:
+            raise ValueError("offload is DeepSpeed's: it needs zero_stage 1, 2 or 3")
+        return given
+
+
+class CheckpointConfig(Section):
+    checkpoint_dir: str = "checkpoints"
+    """Runs live here, each in a folder of its name."""
+    run_name: str | None = Field(None, pattern=r"^[A-Za-z0-9][A-Za-z0-9._-]*$")
+    """None: the config file's name."""
+    save_every: Interval = "10%"
+    keep_last: Annotated[int, Field(ge=1)] = 2
+    keep_best: NonNegativeInt = 1
+    """So many of the best by validation loss are kept too."""
+    keep_epochs: bool = True
+    """Keep the checkpoint at the end of each epoch."""
+
+
+class LogConfig(Section):
+    out_dir: str | None = None
+    """Logs, metrics and TensorBoard files; None: the run's folder, under logs."""
+    log_every: PositiveInt = 10
+    tensorboard: bool = True
+
+
+class RunConfig(Section):
+    model: ModelConfig
+    tokenizer: TokenizerConfig
+    data: DataConfig
+    train: TrainConfig
+    engine: EngineConfig = EngineConfig()
+    checkpoint: CheckpointConfig = CheckpointConfig()
+    log: LogConfig = LogConfig()
+
+    @property
+    def run_folder(self) -> Path:
+        return Path(self.checkpoint.checkpoint_dir) / self.checkpoint.run_name
+
+    @property
+    def log_folder(self) -> Path:
+        return Path(self.log.out_dir) if self.log.out_dir else self.run_folder / "logs"
+
+
+SECTIONS: dict[str, type[Section]] = {name: field.annotation for name, field in RunConfig.model_fields.items()}
+OWNER = {key: name for name, section in SECTIONS.items() for key in section.model_fields}
+
+
+class BatchPlan(Section):
+    """How one optimizer step is cut: global_rows = micro_rows x ranks x accumulation."""
+
+    global_rows: int
+    micro_rows: int
+    ranks: int
+    accumulation: int
+    seq_len: int
+
+    @property
+    def tokens(self) -> int:
+        return self.global_rows * self.seq_len
+
+    def __str__(self) -> str:
+        return (
+            f"{self.global_rows} rows = {self.micro_rows} per micro-batch x {self.ranks} ranks x {self.accumulation} accumulated, "
+            f"{self.tokens:,} tokens a step"
+        )
+
+
+def batch_plan(cfg: RunConfig, ranks: int, run_rows: int | None = None) -> BatchPlan:
+    """Cut the global batch for `ranks`. `run_rows` is the global batch that an earlier sitting of the run used: it stays."""
+    train, seq_len = cfg.train, cfg.model.seq_len
+    rows, reason = run_rows, "the run's checkpoint"
+    if train.batch_tokens:
+        rows, reason = train.batch_tokens // seq_len, f"train.batch_tokens {train.batch_tokens:,}"
+        if train.batch_tokens % seq_len:
+            raise ConfigError(f"train.batch_tokens {train.batch_tokens:,} is not a multiple of model.seq_len {seq_len:,}.")
+    if rows is None:
+        rows, reason = train.batch_size * ranks * (train.grad_accum or 1), "batch_size x ranks x grad_accum"
+    if rows % (train.batch_size * ranks):
+        fits = [b for b in range(1, rows + 1) if rows % (b * ranks) == 0]
+        advice = f"train.batch_size can be {', '.join(map(str, fits))}" if fits else f"use a number of ranks that divides {rows}"
+        raise ConfigError(
+            f"A global batch of {rows} rows ({reason}) cannot be cut into micro-batches of train.batch_size {train.batch_size} rows on "
+            f"{ranks} ranks: {train.batch_size} x {ranks} = {train.batch_size * ranks} does not divide {rows}. With {ranks} ranks {advice}."
+        )
+    accumulation = rows // (train.batch_size * ranks)
+    return BatchPlan(global_rows=rows, micro_rows=train.batch_size, ranks=ranks, accumulation=accumulation, seq_len=seq_len)
+
+
+# ---------------------------------------------------------------- loading
+
+
+def load_config(path: str | Path | None = None, overrides: list[str] = (), *, preset: str | None = None) -> RunConfig:
+    """Read a run's YAML or JSON, apply `section.key=value` overrides, check everything at once. Raises ConfigError."""
+    path = find_preset(preset) if preset else Path(path) if path else None
+    if path is None:
+        raise ConfigError("No config given. Use --config FILE, or --model NAME for one of configs/.")
+    tree = _nest(read_mapping(path), str(path))
+    for word in overrides:
+        _apply(tree, word)
+    _merge_preset(tree, path)
+    tree.setdefault("checkpoint", {}).setdefault("run_name", path.stem)
+    return check_config(tree, str(path))
+
+
+def check_config(tree: dict, where: str) -> RunConfig:
+    """Turn nested plain data into a RunConfig, or raise one ConfigError that lists every problem."""
+    try:
+        return RunConfig.model_validate(tree)
+    except ValidationError as error:
+        problems = [_problem(e) for e in error.errors()]
+    raise ConfigError(f"{where} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n" + "\n".join(f"  - {p}" for p in problems))
+
+
+def config_folder() -> Path:
+    """Where the recipes are: ./configs, else the checkout that this package was installed from."""
+    here = Path("configs")
+    return here if here.is_dir() else Path(__file__).resolve().parent.parent / "configs"
+
+
+def find_preset(name: str) -> Path:
+    """The recipe that `--model NAME` means."""
+    folder = config_folder()
+    for suffix in (".yaml", ".yml", ".json"):
+        if (folder / f"{name}{suffix}").is_file():
+            return folder / f"{name}{suffix}"
+    known = sorted(p.stem for p in folder.glob("*.yaml"))
+    raise ConfigError(f"There is no config called '{name}' in {folder}.{_did_you_mean(name, known)} There are: {', '.join(known)}.")
+
+
+class _StrictLoader(yaml.SafeLoader):
+    """YAML without Python objects and without silently overwritten keys."""
+
+    def construct_mapping(self, node, deep=False):
+        keys = [self.construct_object(k, deep=True) for k, _ in node.value]
+        twice = {str(k) for k in keys if keys.count(k) > 1}
+        if twice:
+            raise ConfigError(f"{node.start_mark.name}: {', '.join(sorted(twice))} is given twice.")
+        return super().construct_mapping(node, deep)
+
+
+def read_mapping(path: Path) -> dict:
+    """Read a YAML or JSON file that must hold a mapping."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            tree = yaml.load(file, _StrictLoader)  # JSON is YAML as well
+    except FileNotFoundError:
+        raise ConfigError(f"{path}: no such file. Recipes are in {config_folder()}.") from None
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError(f"{path}: cannot be read ({error}).") from None
+    except yaml.YAMLError as error:
+        raise ConfigError(f"{path}: is not valid YAML or JSON. {' '.join(str(error).split())}") from None
+    if not isinstance(tree, dict):
+        raise ConfigError(f"{path}: holds {type(tree).__name__}, but a config is a mapping of section names to settings.")
+    return tree
+
+
+def _nest(tree: dict, where: str) -> dict:
+    """Sections as they are; a field at top level goes to the section that owns it."""
+    nested: dict = {}
+    for key, value in tree.items():
+        if key in SECTIONS:
+            if not isinstance(value, dict | None):
+                raise ConfigError(f"{where}: '{key}' is a section, so it holds a mapping, not {value!r}.")
+            nested.setdefault(key, {}).update(value or {})
+        elif key in OWNER:
+            nested.setdefault(OWNER[key], {})[key] = value
+        else:
+            raise ConfigError(f"{where}: unknown config key '{key}'.{_did_you_mean(str(key), [*SECTIONS, *OWNER])}")
+    return nested
+
+
+def _apply(tree: dict, word: str) -> None:
+    path, equals, text = word.partition("=")
+    section, _, key = path.rpartition(".")
+    section = section or OWNER.get(key, "")
+    if not equals:
+        raise ConfigError(f"'{word}' is not an override: write section.key=value, for example train.lr=3e-4.")
+    if section not in SECTIONS or key not in SECTIONS[section].model_fields:
+        known = [f"{owner}.{k}" for k, owner in OWNER.items()]
+        raise ConfigError(f"unknown config key '{path}'.{_did_you_mean(path, known)}")
+    try:
+        value = yaml.load(text, _StrictLoader)
+    except yaml.YAMLError:
+        value = text
+    tree.setdefault(section, {})[key] = value
+
+
+def _merge_preset(tree: dict, path: Path) -> None:
+    """A file that names a model but gives no dimensions takes them from the preset of that name."""
+    model = tree.get("model", {})
+    if "model_name" in model and "n_layers" not in model:
+        preset = find_preset(str(model["model_name"]))
+        if preset.resolve() != path.resolve():
+            tree["model"] = _nest(read_mapping(preset), str(preset)).get("model", {}) | model
+
+
+def _problem(error: dict) -> str:
+    where = ".".join(str(p) for p in error["loc"])
+    if error["type"] == "extra_forbidden":
+        section, key = (str(p) for p in (error["loc"][0], error["loc"][-1]))
+        return f"unknown config key '{where}'.{_did_you_mean(key, list(SECTIONS.get(section, RunConfig).model_fields))}"
+    if error["type"] == "missing":
+        return f"'{where}' is missing."
+    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
+    if error["type"] == "value_error":
+        return f"{where}: {message}." if error["input"] is None else f"{where} is {error['input']!r}: {message}."
+    return f"{where} is {error['input']!r}, but should be {message}."
+
+
+def _did_you_mean(key: str, known: list[str]) -> str:
+    near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
+    return f" Did you mean '{near[0]}'?" if near else ""
+
+
+def as_json(cfg: Section) -> str:
+    """The resolved config as canonical JSON."""
+    return json.dumps(cfg.model_dump(mode="json"), sort_keys=True)

@@ -1,0 +1,204 @@
+"""The manifest of a dataset folder: which shards belong to it, written last. Readers open it and never list the folder."""
+
+import hashlib
+import json
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from itertools import islice
+from pathlib import Path
+
+import numpy as np
+
+from llm.log import log
+
+from .record import ShardError, read_record, sha256_of, write_record
+from .shard_meta import META_SUFFIX, ShardMeta, token_dtype
+from .shards import Shard, write_shard
+
+FORMAT, VERSION = "tally-manifest", 1
+FILE_NAME = "manifest.json"
+IMPORT_LINES = 1024
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What manifest.json says."""
+
+    sources: list[dict]
+    """source_id, names, docs, bytes, unit_bytes, unit_ids of each text, in the order of first arrival"""
+    shards: list[dict]
+    """shard_id, path of the meta relative to the folder, role, n_tokens, n_bytes, dtype, unit_ids of each, in order of writing"""
+    tokenizer: dict
+    seq_len: int
+
+    @property
+    def manifest_id(self) -> str:
+        return sha256_of(FORMAT, sorted(shard["shard_id"] for shard in self.shards))
+
+
+def load_manifest(folder: Path | str) -> Manifest:
+    """The manifest of a dataset folder. Raises ShardError when tokenizing has not finished there."""
+    path = Path(folder) / FILE_NAME
+    if not path.exists():
+        raise ShardError(f"{path}: missing: {folder} is not a dataset folder, or its tokenizing was cut off. "
+                         f"Run the tokenizing (again): finished work is kept.")
+    record = read_record(path, FORMAT, VERSION, "Delete it and run the tokenizing again: finished shards are kept.")
+    return Manifest(record["sources"], record["shards"], record["tokenizer"], record["seq_len"])
+
+
+def write_manifest(
+    folder: Path | str, *, sources: list[dict], shards: list[ShardMeta], tokenizer: dict, seq_len: int
+) -> Manifest:
+    """Publish manifest.json with these sources and shards added to those it has: nothing is ever taken out."""
+    folder = Path(folder)
+    if (folder / FILE_NAME).exists():
+        old = load_manifest(folder)
+        theirs, ours = (old.tokenizer["fingerprint"], old.seq_len), (tokenizer["fingerprint"], seq_len)
+        if theirs != ours:
+            raise ShardError(f"{folder / FILE_NAME}: made with tokenizer {theirs[0][:16]} for seq_len {theirs[1]}, "
+                             f"these shards with {ours[0][:16]} for {ours[1]}. Write them to another folder.")
+    else:
+        old = Manifest([], [], tokenizer, seq_len)
+    known = {shard["shard_id"] for shard in old.shards}
+    added = [_entry(meta, folder) for meta in shards if meta.shard_id not in known]
+    manifest = Manifest(_merged_sources(old.sources, sources), old.shards + added, tokenizer, seq_len)
+    fields = {"format": FORMAT, "version": VERSION, "manifest_id": manifest.manifest_id, **asdict(manifest)}
+    write_record(folder / FILE_NAME, fields)
+    return manifest
+
+
+def _entry(meta: ShardMeta, folder: Path) -> dict:
+    return {
+        "shard_id": meta.shard_id, "path": str(meta.path.relative_to(folder)), "role": meta.role,
+        "n_tokens": meta.n_tokens, "n_bytes": meta.n_bytes, "dtype": meta.dtype, "unit_ids": meta.unit_ids,
+    }
+
+
+def _merged_sources(old: list[dict], new: list[dict]) -> list[dict]:
+    """A source that is known already keeps its place and only gains names."""
+    merged = {source["source_id"]: source for source in old}
+    for source in new:
+        names = merged.get(source["source_id"], source)["names"]
+        merged[source["source_id"]] = {**source, "names": names + [name for name in source["names"] if name not in names]}
+    return list(merged.values())
+
+
+def find_shards(paths: list[str | Path], role: str) -> list[Shard]:
+    """The shards of this role in `paths`, each a dataset folder, a .bin or a .meta.json; copies only once, with a warning."""
+    found: dict[str, Shard] = {}
+    for path in map(Path, paths):
+        for shard in _shards_at(path, role):
+            first = found.setdefault(shard.meta.shard_id, shard)
+            if first is not shard:
+                log.warning(f"{shard.meta.path}: the same contents as {first.meta.path}; used once")
+    if role == "train" and not found:
+        raise ShardError(f"no training shards in {', '.join(map(str, paths)) or 'an empty list of paths'}. "
+                         f"Name a folder or a .bin file that tokenizing made.")
+    return list(found.values())
+
+
+def _shards_at(path: Path, role: str) -> Iterator[Shard]:
+    if path.is_dir():
+        for entry in load_manifest(path).shards:
+            if entry["role"] == role:
+                yield _open_listed(path, entry)
+        return
+    meta_path = _meta_path(path)
+    if not meta_path.exists():
+        what = f"its {meta_path.name} is missing" if path.exists() else "no such file or folder"
+        raise ShardError(f"{path}: {what}. A shard is a .bin with the .idx and .meta.json of the same name. "
+                         f"Rename and copy them together, or tokenize again.")
+    shard = Shard.open(meta_path)
+    if shard.meta.role == role:
+        yield shard
+
+
+def _open_listed(folder: Path, entry: dict) -> Shard:
+    path = folder / entry["path"]
+    if not path.exists():
+        raise ShardError(f"{path}: missing, though {folder / FILE_NAME} lists it. Restore the files of this shard, "
+                         f"or delete the folder and tokenize again.")
+    shard = Shard.open(path)
+    if shard.meta.shard_id != entry["shard_id"]:
+        raise ShardError(f"{path}: replaced: {folder / FILE_NAME} lists shard {entry['shard_id'][:16]} there, the file says "
+                         f"{shard.meta.shard_id[:16]}. Restore the files of this shard, or delete the folder and tokenize again.")
+    return shard
+
+
+def _meta_path(path: Path) -> Path:
+    stem = path.name.removesuffix(META_SUFFIX).removesuffix(".bin")
+    return path.with_name(stem + META_SUFFIX)
+
+
+def check_compatible(shards: list[Shard], fingerprint: str, seq_len: int, rechunk: bool = False) -> None:
+    """Refuse shards made with another tokenizer, or for another seq_len unless `rechunk`. Raises ShardError with both values."""
+    for meta in (shard.meta for shard in shards):
+        its = meta.tokenizer["fingerprint"]
+        if its != fingerprint:
+            raise ShardError(f"{meta.path}: made with tokenizer {its[:16]}, this run's is {fingerprint[:16]}. "
+                             f"Set tokenizer_path to the one of the shards, or tokenize the text again with this one.")
+        if meta.seq_len != seq_len and not rechunk:
+            raise ShardError(f"{meta.path}: made for seq_len {meta.seq_len}, this run has {seq_len}. Set seq_len to "
+                             f"{meta.seq_len}, tokenize again, or say --rechunk to cut these shards into other windows.")
+
+
+def import_ids(jsonl_path: Path | str, folder: Path | str, tokenizer: dict, seq_len: int) -> ShardMeta:
+    """A train shard in `folder` from a file with one JSON list of ids a line, one line a document.
+
+    The shard is named by the contents of the file, so importing it again only finds the shard there.
+    """
+    path = Path(jsonl_path)
+    digest = _file_digest(path, tokenizer["fingerprint"])
+    name = f"{path.name.removesuffix('.jsonl')}.cached.{seq_len}.{digest[:12]}"
+    meta_path = Path(folder) / f"{name}{META_SUFFIX}"
+    if meta_path.exists():
+        return Shard.open(meta_path).meta
+    return write_shard(
+        folder,
+        name,
+        _id_batches(path, tokenizer["vocab_size"], tokenizer["eos_id"]),
+        dtype=token_dtype(tokenizer["vocab_size"]),
+        tokenizer=tokenizer,
+        units=[{"unit_id": digest, "name": path.name, "bytes": 0}],
+        role="train",
+        seq_len=seq_len,
+        writer={"backend": "import_ids"},
+    )
+
+
+def _file_digest(path: Path, fingerprint: str) -> str:
+    """Of the file's bytes and the tokenizer: the same ids under another tokenizer are another text."""
+    digest = hashlib.sha256(fingerprint.encode())
+    try:
+        with open(path, "rb") as file:
+            while data := file.read(1 << 20):
+                digest.update(data)
+    except OSError as error:
+        raise ShardError(f"{path}: cannot be read ({error.strerror}). Give a file with one list of token ids a line.") from None
+    return digest.hexdigest()
+
+
+def _id_batches(path: Path, vocab_size: int, eos_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+    n_docs, n_open = 0, 0
+    with open(path, "rb") as file:
+        documents = filter(None, (_id_list(line, f"{path}:{number}", vocab_size) for number, line in enumerate(file, 1)))
+        while batch := list(islice(documents, IMPORT_LINES)):
+            n_docs, n_open = n_docs + len(batch), n_open + sum(ids[-1] != eos_id for ids in batch)
+            yield np.concatenate([np.array(ids, np.int64) for ids in batch]), np.array([len(ids) for ids in batch])
+    if n_open:
+        log.warning(f"{path}: {n_open:,} of {n_docs:,} lists do not end with the end-of-text id {eos_id}; "
+                    f"they run into the next one as they are")
+
+
+def _id_list(line: bytes, where: str, vocab_size: int) -> list[int]:
+    try:
+        ids = json.loads(line) if line.strip() else []
+    except ValueError:
+        raise ShardError(f"{where}: not JSON. Each line must be one list of token ids, like [17, 4, 0].") from None
+    if not isinstance(ids, list) or not set(map(type, ids)) <= {int}:  # type(): True is an int by isinstance
+        raise ShardError(f"{where}: not a list of whole numbers. Each line must be one list of token ids, like [17, 4, 0].")
+    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
+        wrong = next(i for i in ids if not 0 <= i < vocab_size)
+        raise ShardError(f"{where}: id {wrong} is outside the vocabulary of {vocab_size:,}. "
+                         f"These ids come from another tokenizer: set tokenizer_path to that one.")
+    return ids

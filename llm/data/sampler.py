@@ -1,0 +1,63 @@
+"""From draw numbers to rows of token ids. Nothing here remembers anything: a row is a function of the plan and its number."""
+
+import numpy as np
+
+from .ledger import Phase, count_samples
+from .record import ShardError
+from .shards import Shard
+
+
+class Windows:
+    """All windows of seq_len + 1 tokens of some shards, numbered in the order given.
+
+    Neighbours share one token, so each token but a shard's first is a target exactly once; the last window is padded.
+    """
+
+    def __init__(self, shards: list[Shard], seq_len: int):
+        assert shards
+        self.shards, self.seq_len = shards, seq_len
+        self.pad_id = shards[0].meta.tokenizer["pad_id"]
+        sizes = np.array([count_samples(shard.meta.n_tokens, seq_len) for shard in shards], np.int64)
+        self._ends = np.cumsum(sizes)
+        self._starts = self._ends - sizes
+
+    def __len__(self) -> int:
+        return int(self._ends[-1])
+
+    def rows(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """ids int64[R, L+1] and counted bool[R, L] (which targets carry loss) of these windows; -1 gives a row of padding."""
+        ids = np.full((len(numbers), self.seq_len + 1), self.pad_id, np.int64)
+        counted = np.zeros((len(numbers), self.seq_len), bool)
+        shard_of = np.searchsorted(self._ends, numbers, side="right")
+        starts = (numbers - self._starts[shard_of]) * self.seq_len
+        for row in np.flatnonzero(numbers >= 0).tolist():
+            self._fill(ids[row], counted[row], self.shards[shard_of[row]], int(starts[row]))
+        return ids, counted
+
+    def _fill(self, ids: np.ndarray, counted: np.ndarray, shard: Shard, start: int) -> None:
+        stop = min(start + self.seq_len + 1, shard.meta.n_tokens)
+        assert start + 2 <= stop, (shard.meta.name, start, stop)  # a window has at least one target
+        mask = shard.loss_mask(start + 1, stop)
+        ids[: stop - start] = shard.tokens(start, stop)
+        counted[: stop - start - 1] = True if mask is None else mask
+
+
+class Sampler:
+    """The rows of a phase by draw number. Memory is a few numbers per shard, whatever the number of samples."""
+
+    def __init__(self, phase: Phase, shards: list[Shard]):
+        by_id = {shard.meta.shard_id: shard for shard in shards}
+        for planned in phase.shards:
+            if planned.shard_id not in by_id:
+                raise ShardError(f"shard {planned.name} ({planned.shard_id[:16]}), which phase {phase.name} trains on, is not "
+                                 f"among the data given. Restore its files, under any name, where data_path points.")
+        self.phase = phase
+        self.windows = Windows([by_id[planned.shard_id] for planned in phase.shards], phase.seq_len)
+        assert len(self.windows) == phase.samples, (len(self.windows), phase.samples)
+
+    def rows(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """ids int64[R, L+1] and counted bool[R, L] of these draws; -1 gives a row of padding."""
+        numbers = np.full_like(draws, -1)
+        real = draws >= 0
+        numbers[real] = self.phase.samples_at(draws[real])
+        return self.windows.rows(numbers)

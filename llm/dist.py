@@ -1,0 +1,186 @@
+"""Who this process is among how many. The only reader of RANK, WORLD_SIZE, SLURM and OMPI variables; decisions travel on a gloo group."""
+
+import json
+import os
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from datetime import timedelta
+from typing import Any, TypeVar
+
+from llm.log import UserError, log, set_rank, terminal
+
+Result = TypeVar("Result")
+
+
+@dataclass(frozen=True)
+class World:
+    """This process's rank, the number of processes, and the device it computes on ("cpu", "cuda:0", "mps")."""
+
+    rank: int = 0
+    size: int = 1
+    local_rank: int = 0
+    device: str = "cpu"
+    group: Any = None  # torch.distributed gloo group; None when alone
+
+    def on(self, device: str) -> "World":
+        return replace(self, device=device)
+
+    def sum_ints(self, values: list[int]) -> list[int]:
+        """Sum over ranks, element by element, wrapping at 64 bits. Collective."""
+        return self._reduce(values, "SUM")
+
+    def max_ints(self, values: list[int]) -> list[int]:
+        """Largest over ranks, element by element. Collective."""
+        return self._reduce(values, "MAX")
+
+    def _reduce(self, values: list[int], op: str) -> list[int]:
+        if self.size == 1:
+            return list(values)
+        import torch
+        import torch.distributed as dist
+
+        tensor = torch.tensor(values, dtype=torch.int64)
+        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op), group=self.group)
+        return tensor.tolist()
+
+    def gather(self, value: Any) -> list[Any]:
+        """Every rank's value (anything JSON can hold), in order of rank, on every rank. Collective."""
+        if self.size == 1:
+            return [value]
+        import torch
+        import torch.distributed as dist
+
+        # JSON and not all_gather_object: that one unpickles what it receives
+        mine = torch.frombuffer(bytearray(json.dumps(value).encode()), dtype=torch.uint8)
+        lengths = [torch.zeros(1, dtype=torch.int64) for _ in range(self.size)]
+        dist.all_gather(lengths, torch.tensor([mine.numel()]), group=self.group)
+        longest = int(max(n.item() for n in lengths))
+        padded = torch.zeros(longest, dtype=torch.uint8)
+        padded[: mine.numel()] = mine
+        received = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
+        dist.all_gather(received, padded, group=self.group)
+        return [json.loads(bytes(t[: n.item()].tolist())) for t, n in zip(received, lengths, strict=True)]
+
+    def broadcast(self, value: Any) -> Any:
+        """Rank 0's value, on every rank. Collective."""
+        return self.gather(value if self.rank == 0 else None)[0]
+
+    def barrier(self) -> None:
+        """Return once every rank is here. Collective."""
+        self.sum_ints([0])
+
+    def together(self, work: Callable[[], Result]) -> Result:
+        """Run `work` on every rank; when it raises a UserError on any, all ranks raise that one, told once. Collective."""
+        result, mine = None, None
+        try:
+            result = work()
+        except UserError as error:
+            mine = error
+        failures = self.gather(None if mine is None else str(mine))
+        first = next((f for f in failures if f is not None), None)
+        if first is None:
+            return result
+        error = mine if mine is not None else UserError(first)
+        if self.size > 1:
+            if self.rank == 0 and not error.told:
+                log.error(first)
+            terminal().flush()
+            self.barrier()  # else a launcher may kill rank 0 for another rank's exit before it has told
+            error.told = True
+        raise error
+
+    def on_rank_0(self, work: Callable[[], Result]) -> Result:
+        """Rank 0's result (anything JSON can hold) on every rank, or its UserError on every rank. Collective."""
+        return self.broadcast(self.together(lambda: work() if self.rank == 0 else None))
+
+
+def read_environment() -> tuple[int, int, int]:
+    """(rank, world size, local rank) from torchrun, deepspeed, mpirun or srun; (0, 1, 0) when alone."""
+    env = os.environ
+    for rank, size, local in (
+        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ):
+        if rank in env and size in env:
+            return int(env[rank]), int(env[size]), int(env.get(local, 0))
+    return 0, 1, 0
+
+
+def start(*, init_method: str | None = None, place: tuple[int, int, int] | None = None, timeout_minutes: float = 30) -> World:
+    """Join the other processes, if any, and return this one's place. Collective.
+
+    Both backends are prepared, so the device may be chosen after the config is known: CPU tensors travel by gloo, CUDA ones by NCCL.
+    """
+    rank, size, local_rank = place or read_environment()
+    set_rank(rank)
+    if size == 1:
+        return World()
+    import torch
+    import torch.distributed as dist
+
+    os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    if init_method is None and "MASTER_ADDR" not in os.environ:
+        raise UserError("Several processes, but MASTER_ADDR is not set, so they cannot find each other. Start with torchrun, or export MASTER_ADDR and MASTER_PORT.")
+    os.environ.setdefault("MASTER_PORT", "29500")
+    has_cuda = torch.cuda.is_available()
+    if has_cuda:
+        torch.cuda.set_device(local_rank % torch.cuda.device_count())
+    timeout = timedelta(minutes=timeout_minutes)
+    backend = "cpu:gloo,cuda:nccl" if has_cuda else "gloo"
+    dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size, timeout=timeout)
+    return World(rank, size, local_rank, group=dist.new_group(backend="gloo", timeout=timeout))
+
+
+def stop(world: World) -> None:
+    """Leave the others."""
+    if world.size > 1:
+        import torch.distributed as dist
+
+        dist.destroy_process_group()
+
+
+def pick_device(wanted: str, world: World) -> str:
+    """The device for this process. `auto`: with several ranks the GPU of the local rank, alone the one chosen by the person or the freest."""
+    import torch
+
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if wanted == "cpu" or (wanted == "auto" and not gpus):
+        return "cpu"
+    if wanted == "mps":
+        if not torch.backends.mps.is_available():
+            raise UserError("engine.device is mps, but this torch has no working MPS. Use cpu or auto.")
+        return "mps"
+    if not gpus:
+        raise UserError(f"engine.device is {wanted}, but torch {torch.__version__} sees no GPU. Use --device cpu, or install a CUDA build of torch.")
+    if world.size > 1:
+        if world.local_rank >= gpus:
+            raise UserError(f"{world.local_rank + 1} or more processes on this machine, but it has {gpus} GPUs. Start one process for each GPU.")
+        index = world.local_rank
+    elif ":" in wanted:
+        index = int(wanted.split(":")[1])
+        if index >= gpus:
+            raise UserError(f"engine.device is {wanted}, but this machine has {gpus} GPUs, counted from 0.")
+    else:
+        index = _choose_gpu(gpus) if gpus > 1 else 0
+    torch.cuda.set_device(index)
+    return f"cuda:{index}"
+
+
+def _choose_gpu(gpus: int) -> int:
+    """Ask a person at a terminal; else take the GPU with the most free memory."""
+    import sys
+
+    import torch
+
+    free = [torch.cuda.mem_get_info(i)[0] for i in range(gpus)]
+    freest = max(range(gpus), key=lambda i: free[i])
+    for i in range(gpus):
+        log.info(f"  {i}  {torch.cuda.get_device_name(i)}, {free[i] / 2**30:.0f} GiB free")
+    if not (sys.stdin and sys.stdin.isatty() and terminal().isatty()):
+        log.info(f"GPU {freest} has the most free memory and is used; --device cuda:N decides otherwise.")
+        return freest
+    answer = input(f"Which GPU? [{freest}] ").strip()
+    if answer and (not answer.isdigit() or int(answer) >= gpus):
+        raise UserError(f"There is no GPU '{answer}'; choose 0 to {gpus - 1}.")
+    return int(answer) if answer else freest

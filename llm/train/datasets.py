@@ -1,0 +1,64 @@
+"""The configured datasets as open shards, the same on every rank and made with the run's tokenizer."""
+
+import hashlib
+from pathlib import Path
+
+from llm.config import ConfigError, RunConfig
+from llm.data.manifest import check_compatible, find_shards, import_ids
+from llm.data.shards import Shard
+from llm.dist import World
+from llm.log import log
+from llm.tokenizer import Tokenizer
+
+
+def open_shards(cfg: RunConfig, tokenizer: Tokenizer, world: World) -> tuple[dict[str, list[Shard]], list[Shard]]:
+    """Training shards by dataset name, and all validation shards. Collective. Raises UserError on every rank."""
+    world.on_rank_0(lambda: _import_lists(cfg, tokenizer))
+
+    def open_all() -> tuple[dict[str, list[Shard]], list[Shard]]:
+        paths = {name: _shard_path(cfg, path) for name, path in cfg.data.datasets.items()}
+        train = {name: find_shards([path], "train") for name, path in paths.items()}
+        val = find_shards(list(paths.values()), "val")
+        check_compatible([s for found in train.values() for s in found] + val, tokenizer.fingerprint, cfg.model.seq_len, cfg.data.rechunk)
+        return train, val
+
+    train, val = world.together(open_all)
+    world.together(lambda: _same_everywhere(world, [s for found in train.values() for s in found] + val))
+    return train, val
+
+
+def pool(datasets: dict[str, list[Shard]]) -> list[Shard]:
+    """All shards, those that several datasets hold once."""
+    return list({s.meta.shard_id: s for found in datasets.values() for s in found}.values())
+
+
+def _is_list_of_ids(path: str) -> bool:
+    return path.endswith(".jsonl")
+
+
+def _shard_path(cfg: RunConfig, path: str) -> str:
+    """Where the shards of a configured path are: an imported .jsonl became a shard in a folder of its own."""
+    return str(_import_folder(cfg, path)) if _is_list_of_ids(path) else path
+
+
+def _import_folder(cfg: RunConfig, path: str) -> Path:
+    name = f"{Path(path).stem}.imported"
+    return Path(path).with_name(name) if cfg.data.save_bin else cfg.run_folder / name
+
+
+def _import_lists(cfg: RunConfig, tokenizer: Tokenizer) -> None:
+    info = {"fingerprint": tokenizer.fingerprint, "kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
+    info |= {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
+    for path in filter(_is_list_of_ids, cfg.data.datasets.values()):
+        if not Path(path).is_file():
+            raise ConfigError(f"data.data_path: {path} does not exist.")
+        meta = import_ids(path, _import_folder(cfg, path), info, cfg.model.seq_len)
+        log.info(f"{path}: {meta.n_docs:,} lists of ids, {meta.n_tokens:,} tokens, imported as {meta.path}")
+
+
+def _same_everywhere(world: World, shards: list[Shard]) -> None:
+    ids = hashlib.sha256(" ".join(sorted(s.meta.shard_id for s in shards)).encode()).hexdigest()
+    seen = world.gather(ids)
+    if len(set(seen)) > 1:
+        odd = [rank for rank, other in enumerate(seen) if other != seen[0]]
+        raise ConfigError(f"data.data_path holds other shards on rank {odd[0]} than on rank 0. Give every machine the same files.")

@@ -1,0 +1,44 @@
+"""What may change between two sittings of one run: nothing that makes it another model, the numbers only when told, the machine freely."""
+
+from llm.checkpoint.slices import CheckpointError
+from llm.config import RunConfig
+from llm.log import log
+
+# Everything in `model` but how attention is computed, and the seed that the data order comes from, is identity. Changes that
+# alter the numbers but not what the model is (trajectory) need --accept-change; ranks, stages, micro-batches and intervals are free.
+IDENTITY = {"train.seed"}
+FREE_MODEL = {"model.attention", "model.model_name"}
+TRAJECTORY = {
+    f"train.{key}"
+    for key in (
+        "lr", "batch_tokens", "schedule", "warmup_steps", "min_lr_ratio", "decay_steps", "weight_decay", "betas", "adam_eps", "clip_norm",
+    )
+} | {"engine.precision"}
+
+
+def check_drift(saved: dict, cfg: RunConfig, accepted: list[str]) -> None:
+    """Compare a checkpoint's config with today's; raises CheckpointError that lists every change which is not allowed."""
+    before, now = _flat(saved), _flat(cfg.model_dump(mode="json"))
+    changed = {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
+    identity = {k for k in changed if k in IDENTITY or (k.startswith("model.") and k not in FREE_MODEL)}
+    trajectory = {k for k in changed if k in TRAJECTORY}
+    shown = {key: f"{key}: {old!r} in the checkpoint, {new!r} now" for key, (old, new) in changed.items()}
+    if identity:
+        raise CheckpointError(
+            "This run was started with other settings, and they make it another model:\n"
+            + "\n".join(f"  - {shown[k]}" for k in sorted(identity))
+            + "\nGo back to the old values, or start another run with checkpoint.run_name=NAME."
+        )
+    refused = sorted(trajectory - set(accepted))
+    if refused:
+        raise CheckpointError(
+            "These settings change the course of the run:\n"
+            + "\n".join(f"  - {shown[k]}" for k in refused)
+            + f"\nGo back to the old values, or accept with {' '.join(f'--accept-change {k}' for k in refused)}."
+        )
+    for key in sorted(changed.keys() - identity - set(refused)):
+        log.debug(shown[key]) if key not in trajectory else log.warning(f"accepted: {shown[key]}.")
+
+
+def _flat(config: dict) -> dict:
+    return {f"{section}.{key}": value for section, fields in config.items() for key, value in fields.items()}

@@ -1,0 +1,282 @@
+"""A sitting from start to end: open the data, find where the run stands, build model and engine, train phase after phase, tell what happened."""
+
+import json
+import time
+from collections.abc import Callable
+from contextlib import closing
+from dataclasses import dataclass
+
+from llm.checkpoint import folder
+from llm.checkpoint.resume import Checkpoint, newest, open_checkpoint
+from llm.checkpoint.rng import set_rng_state
+from llm.checkpoint.slices import CheckpointError, state_hash
+from llm.config import BatchPlan, ConfigError, RunConfig, batch_plan
+from llm.data.ledger import Ledger
+from llm.data.sampler import Sampler
+from llm.data.shards import Shard
+from llm.data.stream import Stream, eval_batches
+from llm.dist import World
+from llm.engine import Engine, build_engine
+from llm.log import log, route_output
+from llm.model.flops import count_params, flops_per_token, peak_flops
+from llm.model.init import build_model
+from llm.tokenizer import Tokenizer, load_tokenizer
+from llm.train.budget import Sitting, horizon
+from llm.train.datasets import open_shards, pool
+from llm.train.drift import check_drift
+from llm.train.faults import StopFlag
+from llm.train.keeper import Keeper
+from llm.train.loop import Progress, train_phase
+from llm.train.metrics import Metrics
+from llm.train.phases import Wish, choose_phase
+from llm.train.validate import token_byte_lengths, validate
+
+
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks of this sitting, beside the config."""
+
+    started_at: float
+    """time.monotonic() when the program started: --minutes-today counts from there."""
+    steps_today: int | None = None
+    minutes_today: float | None = None
+    wish: Wish = Wish()
+    init_from: str | None = None
+    fresh: bool = False
+    accept_change: tuple[str, ...] = ()
+
+
+def train(cfg: RunConfig, world: World, options: Options) -> None:
+    """Train for one sitting. Collective. Raises UserError, the same on every rank."""
+    sitting = world.together(lambda: Sitting(options.started_at, options.steps_today, options.minutes_today))
+    world.on_rank_0(lambda: _prepare_folders(cfg, options.fresh))
+    route_output(cfg.log_folder / f"rank-{world.rank}.log")
+    stop = StopFlag()
+    try:
+        _train(cfg, world, options, sitting, stop)
+    finally:
+        stop.restore()
+
+
+def _train(cfg: RunConfig, world: World, options: Options, sitting: Sitting, stop: StopFlag) -> None:
+    tokenizer = world.together(lambda: load_tokenizer(cfg.tokenizer.tokenizer_path, cfg.tokenizer.tokenizer_type))
+    model_config = world.together(lambda: cfg.model.with_vocab(tokenizer.vocab_size))
+    cfg = cfg.model_copy(update={"model": model_config})
+    train_shards, val_shards = open_shards(cfg, tokenizer, world)
+
+    checkpoint = world.together(lambda: newest(world, cfg.run_folder))
+    if checkpoint:
+        world.together(lambda: _check_identity(checkpoint, cfg, tokenizer, options))
+    at = _position(checkpoint)
+    plan = world.together(lambda: batch_plan(cfg, world.size, checkpoint.manifest.global_rows if checkpoint else None))
+
+    def choose(wish: Wish) -> Ledger | str:
+        return world.together(lambda: choose_phase(at.ledger, train_shards, wish, cfg, at.step, plan.global_rows))
+
+    chosen = choose(options.wish)
+    if isinstance(chosen, str):
+        log.info(chosen)
+        return
+    engine = _engine(cfg, world, checkpoint, tokenizer, options)
+    keeper = Keeper(cfg, plan, world, engine, tokenizer, checkpoint)
+    _introduce(cfg, plan, world, checkpoint, at, chosen)
+    metrics = _metrics(cfg, world)
+    validator = _validator(cfg, plan, world, engine, tokenizer, val_shards)
+    first_step = at.step
+    try:
+        while isinstance(chosen, Ledger):
+            at.ledger = chosen
+            metrics.end_step = _end_step(cfg, plan, at, sitting)
+            with closing(world.together(lambda: _stream(at.ledger, train_shards, plan, world))) as stream:
+                reason = train_phase(cfg, plan, world, engine, stream, at, sitting, stop, metrics, validator, keeper.save)
+            again = reason == "phase finished" and options.wish.only_new
+            chosen = choose(Wish(only_new=True, dataset=options.wish.dataset)) if again else reason
+    except Exception:
+        _save_after_error(world, engine, keeper, at)
+        raise
+    finally:
+        metrics.close()
+    if world.rank == 0:
+        _tell_sitting(cfg, at, sitting, metrics, first_step, chosen)
+
+
+def _prepare_folders(cfg: RunConfig, fresh: bool) -> None:
+    run = cfg.run_folder
+    try:
+        if fresh and folder.has_committed(run):
+            aside = run.with_name(f"{run.name}.before-{time.strftime('%Y%m%dT%H%M%S')}")
+            run.rename(aside)
+            log.info(f"--fresh: the old run is now {aside}")
+        run.mkdir(parents=True, exist_ok=True)
+        cfg.log_folder.mkdir(parents=True, exist_ok=True)
+        folder.clean(run)
+        probe = run / ".tmp-probe"
+        probe.write_text("")
+        probe.unlink()
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or run}: cannot be written ({error.strerror}). Checkpoints and logs go there: change checkpoint.checkpoint_dir "
+            f"or log.out_dir, or the folder's permissions."
+        ) from None
+
+
+def _check_identity(checkpoint: Checkpoint, cfg: RunConfig, tokenizer: Tokenizer, options: Options) -> None:
+    saved = checkpoint.manifest.tokenizer_fingerprint
+    if saved != tokenizer.fingerprint:
+        raise CheckpointError(
+            f"{cfg.tokenizer.tokenizer_path}: this is another tokenizer than the run's: fingerprint {tokenizer.fingerprint[:16]}, the run "
+            f"was trained with {saved[:16]}. That one lies in {checkpoint.folder / 'tokenizer'}; point tokenizer.tokenizer_path there, "
+            f"or start another run with checkpoint.run_name=NAME."
+        )
+    if options.init_from:
+        raise ConfigError(
+            f"--init-from starts a new run, but {cfg.run_folder} has a checkpoint of step {checkpoint.manifest.step:,}. "
+            f"Choose another checkpoint.run_name, or leave --init-from out to go on."
+        )
+    check_drift(checkpoint.manifest.config, cfg, list(options.accept_change))
+
+
+def _position(checkpoint: Checkpoint | None) -> Progress:
+    if checkpoint is None:
+        return Progress(step=0, tokens_seen=0, ledger=Ledger(()), chain="")
+    manifest = checkpoint.manifest
+    return Progress(
+        manifest.step,
+        manifest.tokens_seen,
+        Ledger.from_json(manifest.ledger),
+        manifest.chain,
+        manifest.engine["optimizer_step"],
+        dict(manifest.metrics),
+    )
+
+
+def _engine(cfg: RunConfig, world: World, checkpoint: Checkpoint | None, tokenizer: Tokenizer, options: Options) -> Engine:
+    """Model and engine with the checkpoint's state in them, verified by its state hash."""
+    model = build_model(cfg.model, cfg.train.seed)
+    if checkpoint is None and options.init_from:
+        world.together(lambda: _init_from(model, options.init_from, tokenizer))
+    engine = world.together(lambda: build_engine(cfg, world, model))
+    if checkpoint is None:
+        return engine
+    engine.load_slices(checkpoint.reader)
+    engine.load_state(checkpoint.manifest.engine)
+    (loaded,) = world.sum_ints([state_hash(engine.local_slices())])
+    if loaded != checkpoint.manifest.state_hash:
+        raise CheckpointError(
+            f"{checkpoint.folder}: the state that was loaded has hash {loaded}, the checkpoint was saved with {checkpoint.manifest.state_hash}. "
+            f"Its files are sound, so this is a fault of the program or of this machine's memory; nothing was changed."
+        )
+    rng = checkpoint.folder / f"rank-{world.rank:05d}-of-{world.size:05d}.json"
+    if rng.exists():
+        set_rng_state(json.loads(rng.read_text()))
+    return engine
+
+
+def _init_from(model, source: str, tokenizer: Tokenizer) -> None:
+    """Copy another run's weights (no moments, no ledger) into a fresh model."""
+    other = open_checkpoint(source)
+    if other.manifest.tokenizer_fingerprint != tokenizer.fingerprint:
+        raise CheckpointError(
+            f"{other.folder}: was trained with tokenizer {other.manifest.tokenizer_fingerprint[:16]}, this run uses {tokenizer.fingerprint[:16]}. "
+            f"Its weights mean nothing for other ids; set tokenizer.tokenizer_path={other.folder / 'tokenizer'}."
+        )
+    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
+    theirs = dict(other.manifest.shapes)
+    if shapes != theirs:
+        odd = [f"{n}: {theirs.get(n)} there, {shapes.get(n)} here" for n in sorted({*shapes, *theirs}) if shapes.get(n) != theirs.get(n)]
+        raise CheckpointError(f"{other.folder}: its model has other dimensions ({'; '.join(odd[:3])}). Use the same model section.")
+    for name, parameter in model.named_parameters():
+        parameter.data.copy_(other.reader.read_full(name))
+    log.info(f"weights from {other.folder}")
+
+
+def _stream(ledger: Ledger, shards: dict[str, list[Shard]], plan: BatchPlan, world: World) -> Stream:
+    sampler = Sampler(ledger.open_phase, pool(shards))
+    return Stream(sampler, plan.global_rows, world.rank, world.size, plan.micro_rows)
+
+
+def _end_step(cfg: RunConfig, plan: BatchPlan, at: Progress, sitting: Sitting) -> int:
+    """The step at which this sitting ends at the latest, for the progress line."""
+    phase = at.ledger.open_phase
+    ends = [horizon(cfg, phase, plan.global_rows, at.step).end, at.step + -(-(phase.total - phase.consumed) // plan.global_rows)]
+    if sitting.steps:
+        ends.append(at.step - sitting.steps_done + sitting.steps)
+    return min(ends)
+
+
+def _metrics(cfg: RunConfig, world: World) -> Metrics:
+    peak = None
+    if world.device.startswith("cuda"):
+        import torch
+
+        peak = peak_flops(torch.cuda.get_device_name(world.device))
+    return Metrics(
+        cfg, speaks=world.rank == 0, flops_per_token=flops_per_token(cfg.model), peak_flops=peak * world.size if peak else None
+    )
+
+
+def _validator(
+    cfg: RunConfig, plan: BatchPlan, world: World, engine: Engine, tokenizer: Tokenizer, val_shards: list[Shard]
+) -> Callable[[], dict[str, float]] | None:
+    if not val_shards:
+        return None
+    byte_lengths = token_byte_lengths(tokenizer, cfg.model.vocab_size)
+
+    def batches():
+        return eval_batches(val_shards, cfg.model.seq_len, plan.micro_rows, world.rank, world.size, cfg.train.eval_rows)
+
+    return lambda: validate(engine, batches, byte_lengths, world)
+
+
+def _save_after_error(world: World, engine: Engine, keeper: Keeper, at: Progress) -> None:
+    """Save what was trained before an exception, where that is safe: alone (no rank waits elsewhere) and between two updates."""
+    if world.size == 1 and engine.state()["optimizer_step"] == at.updates and at.updates:
+        keeper.save(at)
+
+
+def _introduce(cfg: RunConfig, plan: BatchPlan, world: World, checkpoint: Checkpoint | None, at: Progress, ledger: Ledger) -> None:
+    if world.rank:
+        return
+    phase, engine = ledger.open_phase, cfg.engine
+    kind = f"ZeRO-{engine.zero_stage}" if engine.zero_stage else "torch" + (", DDP" if world.size > 1 else "")
+    start = f"resumes {checkpoint.folder} (saved on {checkpoint.manifest.world_size} ranks)" if checkpoint else "starts"
+    log.info(f"{cfg.checkpoint.run_name} {start} at step {at.step:,}: {count_params(cfg.model):,} parameters, {kind}, {engine.precision}, {world.device}")
+    log.info(f"batch: {plan}")
+    log.info(
+        f"phase {phase.name}: {phase.samples:,} samples x {phase.epochs} epochs from {len(phase.shards)} shards, {phase.consumed:,} consumed; "
+        f"the schedule runs to step {horizon(cfg, phase, plan.global_rows, at.step).end:,}"
+    )
+
+
+def _tell_sitting(cfg: RunConfig, at: Progress, sitting: Sitting, metrics: Metrics, first_step: int, reason: str) -> None:
+    minutes = (time.monotonic() - sitting.started_at) / 60
+    record = {
+        "ended": time.strftime("%Y-%m-%dT%H:%M:%S"),
+        "from_step": first_step,
+        "to_step": at.step,
+        "tokens": metrics.tokens,
+        "minutes": round(minutes, 2),
+        "loss_first": metrics.first_loss,
+        "loss_last": metrics.last_loss,
+        "tokens_per_s": round(metrics.tokens_per_s, 1),
+        "mfu": round(metrics.mfu(metrics.tokens_per_s), 4) if metrics.peak_flops else None,
+        "why": reason,
+    }
+    with open(cfg.log_folder / "sittings.jsonl", "a", encoding="utf-8") as file:
+        print(json.dumps(record), file=file)
+    first, last = (f"{loss:.4f}" if loss is not None else "-" for loss in (metrics.first_loss, metrics.last_loss))
+    log.info(
+        f"This sitting: steps {first_step:,} to {at.step:,}, {metrics.tokens:,} tokens in {minutes:.1f} minutes at "
+        f"{metrics.tokens_per_s:,.0f} tokens/s, loss {first} to {last}. Ended: {reason}."
+    )
+    log.info(_whats_next(cfg, at, reason))
+
+
+def _whats_next(cfg: RunConfig, at: Progress, reason: str) -> str:
+    if reason == "phase finished":
+        return f"All chosen data has been trained on. Talk to the model: python launch/generate.py {cfg.run_folder} --prompt TEXT"
+    if reason == "budget spent":
+        return f"The budget of {cfg.train.total_step_budget:,} steps is spent. Try the model: python launch/generate.py {cfg.run_folder} --prompt TEXT"
+    if at.ledger.open_phase is None or reason not in ("phase finished", "budget spent"):
+        return "Run the same command again to go on."
+    return reason

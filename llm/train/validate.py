@@ -1,0 +1,33 @@
+"""Validation loss and bits per byte over held-out shards."""
+
+import math
+from collections.abc import Callable, Iterable
+
+import numpy as np
+
+from llm.data.stream import Batch
+from llm.dist import World
+from llm.engine.protocol import Engine
+from llm.tokenizer.protocol import Tokenizer
+
+FIXED_POINT = 1 << 20  # losses are summed over ranks as integers, so that the order of ranks cannot matter
+
+
+def token_byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
+    """UTF-8 bytes that each id stands for, int64[vocab_size]; special and padding ids stand for none."""
+    special = set(tokenizer.special_ids.values())
+    lengths = [0 if i in special else len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
+    return np.array(lengths + [0] * (vocab_size - len(lengths)), dtype=np.int64)
+
+
+def validate(engine: Engine, batches: Callable[[], Iterable[Batch]], byte_lengths: np.ndarray, world: World) -> dict[str, float]:
+    """Mean loss per counted token (nats), and bits per byte = total nats / ln 2 / bytes of the counted tokens. Collective."""
+    sums = np.zeros(3, dtype=np.int64)
+    for batch in batches():
+        loss_sum, n_targets = engine.evaluate(batch)
+        targets = batch.targets_BT.numpy()
+        n_bytes = byte_lengths[targets[targets >= 0]].sum()
+        sums += np.array([round(loss_sum * FIXED_POINT), n_targets, n_bytes], dtype=np.int64)
+    nats, n_targets, n_bytes = world.sum_ints(sums.tolist())
+    nats /= FIXED_POINT
+    return {"loss": nats / max(1, n_targets), "bits_per_byte": nats / math.log(2) / max(1, n_bytes)}

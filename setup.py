@@ -1,0 +1,36 @@
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+extras = {
+    "data": ["pyarrow", "zstandard", "datasets", "huggingface_hub"],
+    "mpi": ["mpi4py", "openmpi"],
+    "chat": ["gradio"],
+    "eval": ["transformers", "lm-eval"],
+    "test": ["pytest", "pytest-timeout", "ruff"],
+}
+
+setup(
+    name="tally-llm",
+    version="0.1.0",
+    description="Train a GPT from raw text to chat, in as many short sittings as you have, with a ledger of every token it has seen",
+    long_description=Path("README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    python_requires=">=3.10",
+    packages=find_packages(include=["llm", "llm.*"]),
+    install_requires=[
+        "torch>=2.10,<2.14",
+        "deepspeed>=0.19.8,<0.20",
+        "numpy",
+        "tokenizers",
+        "tiktoken>=0.13",
+        "pydantic>=2.7",
+        "pyyaml",
+        "safetensors",
+        "tensorboard",
+        "rich",
+        "matplotlib",
+    ],
+    extras_require=extras,
+)

@@ -1,0 +1,47 @@
+"""Real processes for tests: `run_ranks` spawns them, lets them meet over gloo through a file, and brings their results back."""
+
+import json
+import traceback
+from pathlib import Path
+
+import torch.multiprocessing as multiprocessing
+
+from llm import dist
+
+
+def run_ranks(fn, world_size: int, tmp_path: Path, *args, timeout_s: float = 120) -> list:
+    """Run `fn(world, *args)` on `world_size` ranks and return their (JSON-able) results by rank. `fn` is a module-level function."""
+    meeting = tmp_path / f"meet-{len(list(tmp_path.iterdir()))}"
+    meeting.mkdir()
+    context = multiprocessing.get_context("spawn")
+    processes = [
+        context.Process(target=_one_rank, args=(fn, rank, world_size, str(meeting), args), daemon=True) for rank in range(world_size)
+    ]
+    for process in processes:
+        process.start()
+    try:
+        for process in processes:
+            process.join(timeout_s)
+        alive = [rank for rank, process in enumerate(processes) if process.is_alive()]
+        assert not alive, f"ranks {alive} still ran after {timeout_s} s"
+    finally:
+        for process in processes:
+            process.kill()
+    errors = [(meeting / f"{rank}.error").read_text() for rank in range(world_size) if (meeting / f"{rank}.error").exists()]
+    assert not errors, "\n".join(errors)
+    assert all(p.exitcode == 0 for p in processes), [p.exitcode for p in processes]
+    return [json.loads((meeting / f"{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def _one_rank(fn, rank: int, world_size: int, meeting: str, args: tuple) -> None:
+    import torch
+
+    torch.set_num_threads(1)
+    try:
+        world = dist.start(init_method=f"file://{meeting}/rendezvous", place=(rank, world_size, rank), timeout_minutes=1)
+        result = fn(world, *args)
+        Path(meeting, f"{rank}.json").write_text(json.dumps(result))
+        dist.stop(world)
+    except BaseException:
+        Path(meeting, f"{rank}.error").write_text(f"rank {rank}: {traceback.format_exc()}")
+        raise SystemExit(1) from None
