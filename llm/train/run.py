@@ -77,6 +77,8 @@ def _train(cfg: RunConfig, world: World, options: Options, sitting: Sitting, sto
     if isinstance(chosen, str):
         log.info(chosen)
         return
+    if not cfg.train.batch_tokens:  # the run's own global batch, which another number of ranks cuts otherwise
+        cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"grad_accum": plan.accumulation})})
     engine = _engine(cfg, world, checkpoint, tokenizer, options)
     keeper = Keeper(cfg, plan, world, engine, tokenizer, checkpoint)
     _introduce(cfg, plan, world, checkpoint, at, chosen)

@@ -1,0 +1,127 @@
+"""Which files there are and how they are cut.
+
+Into units, whose borders never depend on the number of workers, and tasks: handfuls of units for one worker at a time.
+"""
+
+import os
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+from llm.corpus.documents import READERS, ReadOptions, unit_borders
+from llm.data.manifest import Manifest
+from llm.data.record import sha256_of
+from llm.log import UserError, log
+
+MIN_UNIT_BYTES, MAX_UNIT_BYTES = 4 << 20, 512 << 20
+UNITS_PER_SOURCE = 64
+TASK_BYTES = 4 << 20
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file. The name is for people; identity comes from the contents."""
+
+    path: Path
+    name: str
+    size: int
+    mtime_ns: int
+
+
+@dataclass(frozen=True)
+class Unit:
+    """Bytes [start, stop) of a source: whole records."""
+
+    source: Source
+    start: int
+    stop: int
+
+
+@dataclass(frozen=True)
+class Task:
+    """Units that one worker encodes into one part. The key names that part in the work folder."""
+
+    key: str
+    units: tuple[Unit, ...]
+
+    @property
+    def n_bytes(self) -> int:
+        return sum(unit.stop - unit.start for unit in self.units)
+
+
+def find_sources(inputs: Iterable[Path | str]) -> list[Source]:
+    """The files named, and those inside the folders named, in the order of their names."""
+    found = [source for path in map(Path, inputs) for source in _sources_at(path)]
+    return sorted({source.path: source for source in found}.values(), key=lambda source: (source.name, source.path))
+
+
+def _sources_at(path: Path) -> list[Source]:
+    known = " and ".join(READERS)
+    if not path.exists():
+        raise UserError(f"{path}: no such file or folder. Give {known} files, or folders that hold them.")
+    if path.is_file():
+        if path.suffix not in READERS:
+            raise UserError(f"{path}: cannot read files called *{path.suffix}; {known} files can be read. Rename or convert it.")
+        return [_source(path, path.name)]
+    files = [file for file in path.rglob("*") if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)]
+    sources = [_source(file, str(file.relative_to(path.parent))) for file in files if file.suffix in READERS]
+    if not sources:
+        raise UserError(f"{path}: holds no {known} file. Give such files, or a folder that holds them.")
+    if others := Counter(file.suffix or file.name for file in files if file.suffix not in READERS):
+        log.warning(f"{path}: {others.total():,} files left out, not {known}: {', '.join(suffix for suffix, _ in others.most_common(5))}")
+    return sources
+
+
+def _source(path: Path, name: str) -> Source:
+    status = path.stat()
+    return Source(path.absolute(), name, status.st_size, status.st_mtime_ns)
+
+
+def unit_bytes_for(size: int) -> int:
+    """A power of two that cuts a file of this size into about 64 units."""
+    per_unit = max(1, size // UNITS_PER_SOURCE)
+    return min(MAX_UNIT_BYTES, max(MIN_UNIT_BYTES, 1 << (per_unit - 1).bit_length()))
+
+
+def plan_units(sources: list[Source], options: ReadOptions, manifest: Manifest | None) -> tuple[list[Unit], dict[Path, int]]:
+    """All units in the order of sources, and each source's unit size. A file that the manifest knows keeps its size and old ends."""
+    units, unit_bytes = [], {}
+    known = _known_by_name(manifest)
+    for source in sources:
+        earlier = known.get(source.name, [])
+        unit_bytes[source.path] = earlier[0]["unit_bytes"] if earlier else unit_bytes_for(source.size)
+        ends = [entry["bytes"] for entry in earlier]
+        starts = unit_borders(source.path, source.size, unit_bytes[source.path], ends, options)
+        units += [Unit(source, start, stop) for start, stop in zip(starts, [*starts[1:], source.size], strict=True)]
+    return units, unit_bytes
+
+
+def _known_by_name(manifest: Manifest | None) -> dict[str, list[dict]]:
+    known: dict[str, list[dict]] = {}
+    for entry in manifest.sources if manifest else ():
+        for name in entry["names"]:
+            known.setdefault(name, []).append(entry)
+    return known
+
+
+def plan_tasks(units: list[Unit], settings: dict) -> list[Task]:
+    """Units by handfuls: small files would drown in overhead one by one. The key changes with whatever could change the part."""
+    return [Task(_key(handful, settings), tuple(handful)) for handful in _handfuls(units)]
+
+
+def _handfuls(units: list[Unit]) -> Iterator[list[Unit]]:
+    handful, n_bytes = [], 0
+    for unit in units:
+        handful.append(unit)
+        n_bytes += unit.stop - unit.start
+        if n_bytes >= TASK_BYTES:
+            yield handful
+            handful, n_bytes = [], 0
+    if handful:
+        yield handful
+
+
+def _key(units: list[Unit], settings: dict) -> str:
+    what = [[os.fspath(u.source.path), u.source.size, u.source.mtime_ns, u.start, u.stop] for u in units]
+    return sha256_of("part", settings, what)[:32]

@@ -1,0 +1,224 @@
+"""Raw text to a dataset folder of shards, by several processes, resumable and the same for any number of them.
+
+Units of text are encoded into parts under OUT/.work; when all are there, shards are made of them, and the manifest comes last.
+Whatever is killed at whatever moment, the same command again continues and ends with the same shards.
+"""
+
+import fcntl
+import json
+import shutil
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+import llm
+from llm.corpus.assemble import ShardWriter, distinct_units, identify
+from llm.corpus.documents import Counts, ReadOptions
+from llm.corpus.emit_jsonl import emit_jsonl
+from llm.corpus.encode import Job
+from llm.corpus.parts import ROLES, PartUnit, read_part
+from llm.corpus.plan import find_sources, plan_tasks, plan_units
+from llm.corpus.pool import encode_all
+from llm.corpus.tokenizer_use import note_use
+from llm.data.manifest import FILE_NAME, Manifest, load_manifest, write_manifest
+from llm.data.record import write_record
+from llm.data.shard_meta import ShardMeta, token_dtype
+from llm.log import UserError, log
+from llm.tokenizer import load_tokenizer, tokenizer_info
+
+MAX_MALFORMED = 0.001
+WORK = ".work"
+
+
+class Unusable(UserError):
+    """The text is such that no dataset can be made of it."""
+
+
+@dataclass(frozen=True)
+class Request:
+    """What the person asked for."""
+
+    inputs: tuple[str, ...]
+    out: Path
+    tokenizer_path: str
+    seq_len: int
+    tokenizer_kind: str | None = None
+    workers: int = 1
+    val_ratio: float = 0.0
+    shard_tokens: int = 1 << 27
+    shuffle_seed: int | None = None
+    """None: documents stay in the order of the file."""
+    emit_jsonl: bool = False
+    options: ReadOptions = ReadOptions()
+
+    def __post_init__(self):
+        for flag, value in (("--seq-len", self.seq_len), ("--workers", self.workers), ("--shard-tokens", self.shard_tokens)):
+            if value < 1:
+                raise UserError(f"{flag} is {value}: give 1 or more.")
+        if not 0 <= self.val_ratio < 1:
+            raise UserError(f"--val-ratio is {self.val_ratio}: give a share from 0 to below 1, for example 0.01.")
+
+
+@dataclass(frozen=True)
+class Report:
+    """What a run has added to a dataset, and how fast it encoded."""
+
+    shards: list[ShardMeta]
+    counts: Counts
+    """Of all inputs, also those that the dataset held already."""
+    encoded_bytes: int
+    seconds: float
+
+
+def tokenize_corpus(request: Request) -> Report:
+    """Tokenize those inputs that `request.out` does not hold yet into new shards. Raises UserError, and then publishes nothing."""
+    sources = find_sources(request.inputs)
+    info = tokenizer_info(load_tokenizer(request.tokenizer_path, request.tokenizer_kind))
+    _existing(request, info)  # refuses before anything is written
+    with _work_folder(request.out) as work:
+        manifest = _existing(request, info)  # again, now that nobody else can change it
+        job = _job(request, info, manifest, work)
+        timestamp = _timestamp(work, manifest)
+        units, unit_bytes = plan_units(sources, request.options, manifest)
+        tasks = plan_tasks(units, _settings(request, info, manifest))
+        encoded_bytes, seconds = encode_all(tasks, job, request.workers)
+
+        part_units = [unit for task in tasks for unit in read_part(work, task)]
+        counts = _checked_counts(part_units)
+        read_sources = identify(part_units)
+        distinct = distinct_units(read_sources)
+        _check_amount(distinct, manifest)
+
+        note_use(Path(request.tokenizer_path), request.out)
+        shards = _shard_writer(request, info, timestamp).publish(distinct)
+        entries = [source.to_json(unit_bytes[source.source.path]) for source in read_sources]
+        write_manifest(request.out, sources=entries, shards=shards, tokenizer=info, seq_len=request.seq_len)
+        if request.emit_jsonl:
+            emit_jsonl(request.out)
+        shutil.rmtree(work)
+    return Report(shards, counts, encoded_bytes, seconds)
+
+
+@contextmanager
+def _work_folder(out: Path) -> Iterator[Path]:
+    """The folder for parts inside `out`, held by a lock: two runs at once would trip over each other."""
+    work, is_new = out / WORK, not out.exists()
+    try:
+        work.mkdir(parents=True, exist_ok=True)
+        lock = open(work / "lock", "w")  # noqa: SIM115  held until the end
+    except OSError as error:
+        raise UserError(f"{out}: cannot be written ({error.strerror}). Choose another --out, or make it writable.") from None
+    with lock:
+        try:
+            fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except OSError:
+            raise UserError(f"{out}: another run is tokenizing into this folder. Wait for it, or choose another --out.") from None
+        try:
+            yield work
+        except OSError as error:
+            where = error.filename or out
+            raise UserError(f"{where}: {error.strerror}. Put that right and run again: finished parts are kept.") from error
+        except Unusable:
+            shutil.rmtree(out if is_new else work)  # the text must change first, so nothing of this is worth keeping
+            raise
+
+
+def _existing(request: Request, info: dict) -> Manifest | None:
+    """The manifest that is there, if any; refuses to mix tokenizers or lengths."""
+    out = request.out
+    if not (out / FILE_NAME).exists():
+        return None
+    manifest = load_manifest(out)
+    theirs, ours = manifest.tokenizer["fingerprint"][:16], info["fingerprint"][:16]
+    if theirs != ours:
+        raise UserError(
+            f"{out}: was made with tokenizer {theirs}, and {request.tokenizer_path} is {ours}. A dataset holds ids of one "
+            f"tokenizer: give the first one, or another --out."
+        )
+    if manifest.seq_len != request.seq_len:
+        raise UserError(
+            f"{out}: was made for seq_len {manifest.seq_len}, not {request.seq_len}. Give --seq-len {manifest.seq_len}, or another --out."
+        )
+    return manifest
+
+
+def _job(request: Request, info: dict, manifest: Manifest | None, work: Path) -> Job:
+    return Job(
+        work=work,
+        tokenizer_path=request.tokenizer_path,
+        tokenizer_kind=request.tokenizer_kind,
+        dtype=token_dtype(info["vocab_size"]),
+        options=request.options,
+        val_ratio=request.val_ratio,
+        shuffle_seed=request.shuffle_seed,
+        known_units=frozenset(unit_id for source in manifest.sources for unit_id in source["unit_ids"]) if manifest else frozenset(),
+    )
+
+
+def _settings(request: Request, info: dict, manifest: Manifest | None) -> dict:
+    """All that decides what a part holds, beside the file it comes from."""
+    return {
+        "tokenizer": info["fingerprint"],
+        "options": asdict(request.options),
+        "val_ratio": request.val_ratio,
+        "shuffle_seed": request.shuffle_seed,
+        "known_units": manifest.manifest_id if manifest else None,
+    }
+
+
+def _timestamp(work: Path, manifest: Manifest | None) -> str:
+    """This run's, or that of the interrupted run that it continues; never one that published shards bear."""
+    path, names = work / "job.json", [shard["path"] for shard in manifest.shards] if manifest else []
+    seconds = json.loads(path.read_bytes())["started_at"] if path.exists() else int(time.time())
+    while any(f".{_stamp(seconds)}-" in name for name in names):
+        seconds += 1
+    write_record(path, {"started_at": seconds})
+    return _stamp(seconds)
+
+
+def _stamp(seconds: int) -> str:
+    return time.strftime("%Y%m%dT%H%M%S", time.gmtime(seconds))
+
+
+def _checked_counts(part_units: list[PartUnit]) -> Counts:
+    """The sum of what reading has met. Refuses a source of which too much cannot be read."""
+    total, by_path = Counts(), {}
+    for part_unit in part_units:
+        counts = Counts(**part_unit.record["counts"])
+        by_path.setdefault(part_unit.unit.source.path, Counts()).add(counts)
+        total.add(counts)
+    for example in total.examples:
+        log.warning(f"malformed: {example}")
+    for path, counts in by_path.items():
+        if counts.malformed > MAX_MALFORMED * counts.records:
+            raise Unusable(
+                f"{path}: {counts.malformed:,} of {counts.records:,} records are malformed, and more than {MAX_MALFORMED:.1%} is too "
+                f"many to go on. The first: {counts.examples[0]}. Repair the file, or leave it out."
+            )
+    return total
+
+
+def _check_amount(units: list[PartUnit], manifest: Manifest | None) -> None:
+    if not units:
+        raise Unusable("there is no text: the inputs hold no document that is not empty. Give files with text.")
+    n_docs = {role: sum(unit.record[role]["docs"] for unit in units) for role in ROLES}
+    if not manifest and not n_docs["train"]:
+        raise Unusable(
+            f"documents: {n_docs['val']}, and all fell into the validation split, so nothing is left to train on. Give more documents, "
+            f"divide the file into documents with --separator, or choose another --val-ratio."
+        )
+
+
+def _shard_writer(request: Request, info: dict, timestamp: str) -> ShardWriter:
+    program = f"tally-llm {llm.__version__}"
+    return ShardWriter(
+        folder=request.out,
+        name=request.out.resolve().name,
+        timestamp=timestamp,
+        shard_tokens=request.shard_tokens,
+        tokenizer=info,
+        seq_len=request.seq_len,
+        writer={"program": program, "val_ratio": request.val_ratio, "shuffle_seed": request.shuffle_seed},
+    )

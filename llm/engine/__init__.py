@@ -1,0 +1,23 @@
+"""Where a model meets its hardware: plain torch and DDP, or DeepSpeed's ZeRO, behind the same calls."""
+
+from torch import nn
+
+from llm.config import RunConfig
+from llm.dist import World
+from llm.engine.protocol import Engine, EngineError, Update
+from llm.engine.wrap import wrap_blocks
+
+__all__ = ["Engine", "EngineError", "Update", "build_engine"]
+
+
+def build_engine(cfg: RunConfig, world: World, model: nn.Module) -> Engine:
+    """The engine that `cfg.engine` asks for, holding `model` and its AdamW. Collective: every rank brings equal weights."""
+    wrap_blocks(model, cfg.engine)
+    if cfg.engine.zero_stage == 0:
+        from llm.engine.torch_engine import TorchEngine
+
+        return TorchEngine(cfg, world, model)
+    from llm.engine.deepspeed_engine import DeepSpeedEngine, check_deepspeed
+
+    check_deepspeed(cfg, world)
+    return DeepSpeedEngine(cfg, world, model)

@@ -1,0 +1,84 @@
+"""What the training loop, evaluation and checkpoints may ask of an engine, and the little that every engine shares."""
+
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+import torch.distributed as dist
+
+from llm.checkpoint.slices import Slice
+from llm.data.stream import Batch
+from llm.dist import World
+from llm.log import UserError
+
+Params = list[tuple[str, tuple[int, ...]]]
+
+
+class EngineError(UserError):
+    """The engine cannot be had as configured."""
+
+
+@dataclass(frozen=True)
+class Update:
+    """What one optimizer step did; the same on every rank."""
+
+    loss: float
+    """Mean over all counted targets of the step, on all ranks."""
+    grad_norm: float
+    """Global L2 norm before clipping; nan where nothing was applied."""
+    applied: bool
+
+
+class Reader(Protocol):
+    def read(self, name: str, kind: str, start: int, numel: int) -> torch.Tensor:
+        """Elements [start, start + numel) of a flattened parameter or moment, 1-D fp32."""
+
+
+class Engine(Protocol):
+    params: Params
+    """Name and shape of every parameter, in the model's order; tied weights once."""
+
+    def train_step(self, micro_batches: list[Batch], n_targets: int, lr: float, accept: Callable[[float], bool]) -> Update:
+        """Make one optimizer step on this rank's micro-batches. Collective.
+
+        `n_targets`: counted targets of the whole step, over all ranks. Before any weight moves, every rank calls `accept` with the same
+        loss; when it says no, or a gradient is not finite anywhere, the gradients are dropped and nothing else has changed.
+        """
+
+    def evaluate(self, batch: Batch) -> tuple[float, int]:
+        """This rank's (summed loss, counted targets). Under ZeRO-3 collective: as many calls on every rank."""
+
+    def local_slices(self) -> Iterator[Slice]:
+        """This rank's own pieces of weights and moments; over all ranks they cover each parameter exactly once."""
+
+    def load_slices(self, reader: Reader) -> None:
+        """Replace weights and moments. Collective."""
+
+    def state(self) -> dict:
+        """Scalars to save beside the slices."""
+
+    def load_state(self, state: dict) -> None: ...
+
+
+def named_shapes(model: torch.nn.Module) -> Params:
+    """Every parameter's name and shape; call it before ZeRO-3 empties the parameters."""
+    return [(name, tuple(p.shape)) for name, p in model.named_parameters()]
+
+
+def autocast(precision: str, device: str) -> AbstractContextManager:
+    """bf16 matmuls over fp32 weights, or nothing."""
+    return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
+
+
+def count_targets(batch: Batch) -> int:
+    return int((batch.targets_BT != -100).sum())
+
+
+def global_sum(rank_losses: list[torch.Tensor], world: World) -> float:
+    """Sum of summed losses over micro-batches and ranks, in fp64. Collective. The one wait for the device in a step."""
+    total = torch.stack(rank_losses).cpu().double().sum()
+    if world.size > 1:
+        dist.all_reduce(total, group=world.group)
+    return total.item()

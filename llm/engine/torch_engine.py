@@ -1,0 +1,101 @@
+"""Plain torch: one device, or DDP over several. The reference that every other engine must agree with."""
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+
+import torch
+from torch import nn
+from torch.nn.parallel import DistributedDataParallel
+
+from llm.checkpoint.slices import KINDS, Slice
+from llm.config import RunConfig
+from llm.data.stream import Batch
+from llm.dist import World
+from llm.engine.optimizer import adam_step, build_adamw, create_moments, set_adam_step, set_lr
+from llm.engine.protocol import Reader, Update, autocast, count_targets, global_sum, named_shapes
+
+
+class TorchEngine:
+    def __init__(self, cfg: RunConfig, world: World, model: nn.Module):
+        self.world, self.clip_norm, self.precision = world, cfg.train.clip_norm, cfg.engine.precision
+        self.model = model.to(world.device)
+        self.params = named_shapes(model)
+        self.optimizer = build_adamw(model, cfg.train)
+        create_moments(self.optimizer, list(model.parameters()))
+        self.replica = distribute(model, world)
+
+    def train_step(self, micro_batches: list[Batch], n_targets: int, lr: float, accept: Callable[[float], bool]) -> Update:
+        assert n_targets > 0
+        rank_losses = []
+        for batch in micro_batches:
+            accumulate_only = self.world.size > 1 and len(rank_losses) < len(micro_batches) - 1
+            with self.replica.no_sync() if accumulate_only else nullcontext():
+                loss = self._loss(self.replica, batch)
+                (loss * (self.world.size / n_targets)).backward()  # DDP averages over ranks; the global mean needs their sum
+            rank_losses.append(loss.detach())
+        update = self._update(global_sum(rank_losses, self.world) / n_targets, lr, accept)
+        self.optimizer.zero_grad(set_to_none=True)
+        return update
+
+    def _update(self, loss: float, lr: float, accept: Callable[[float], bool]) -> Update:
+        """Move the weights, unless the loss is refused or a gradient is not finite. Gradients are equal on all ranks, so is the verdict."""
+        accepted = accept(loss)
+        grads = [p.grad for p in self.model.parameters()]
+        grad_norm = nn.utils.get_total_norm(grads)
+        if not accepted or not math.isfinite(grad_norm):
+            return Update(loss, math.nan, applied=False)
+        if self.clip_norm:
+            nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, grad_norm)
+        set_lr(self.optimizer, lr)
+        self.optimizer.step()
+        return Update(loss, grad_norm.item(), applied=True)
+
+    def _loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
+        tokens_BT, targets_BT = (t.to(self.world.device, non_blocking=True) for t in (batch.tokens_BT, batch.targets_BT))
+        with autocast(self.precision, self.world.device):
+            return model(tokens_BT, targets_BT)
+
+    @torch.no_grad()
+    def evaluate(self, batch: Batch) -> tuple[float, int]:
+        self.model.eval()
+        loss = self._loss(self.model, batch).item()
+        self.model.train()
+        return loss, count_targets(batch)
+
+    def local_slices(self) -> Iterator[Slice]:
+        for name, kind, whole in self._tensors():
+            share = -(-whole.numel() // self.world.size)
+            start = self.world.rank * share
+            yield Slice(name, kind, start, whole[start : start + share])
+
+    def load_slices(self, reader: Reader) -> None:
+        for name, kind, whole in self._tensors():
+            whole.copy_(reader.read(name, kind, 0, whole.numel()))
+
+    def _tensors(self) -> Iterator[tuple[str, str, torch.Tensor]]:
+        for name, p in self.model.named_parameters():
+            for kind in KINDS:
+                tensor = p.detach() if kind == "fp32" else self.optimizer.state[p][kind]
+                yield name, kind, tensor.view(-1)
+
+    def state(self) -> dict:
+        return {"optimizer_step": adam_step(self.optimizer)}
+
+    def load_state(self, state: dict) -> None:
+        set_adam_step(self.optimizer, state["optimizer_step"])
+
+
+def distribute(model: nn.Module, world: World) -> nn.Module:
+    """`model` behind DDP, or itself when there is one rank."""
+    if world.size == 1:
+        return model
+    return DistributedDataParallel(
+        model,
+        device_ids=[world.device] if world.device.startswith("cuda") else None,
+        gradient_as_bucket_view=True,
+        broadcast_buffers=False,
+        # None are unused, but otherwise DDP cuts its buckets anew after the first backward, and with three ranks or more a resumed run
+        # would then add up its first step's gradients in another order than the run that never stopped
+        find_unused_parameters=True,
+    )

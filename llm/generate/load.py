@@ -1,0 +1,45 @@
+"""A model to generate with, from a run's checkpoint."""
+
+from pathlib import Path
+
+import torch
+
+from llm.checkpoint.manifest import Manifest
+from llm.checkpoint.resume import open_checkpoint
+from llm.config import ModelConfig
+from llm.log import UserError
+from llm.model.transformer import Transformer
+from llm.tokenizer import load_tokenizer
+from llm.tokenizer.protocol import Tokenizer
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def load_run(
+    path: str | Path, step: int | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32
+) -> tuple[Transformer, Tokenizer, Manifest]:
+    """The model, its tokenizer and the checkpoint's manifest.
+
+    `path` is a run's folder, for its newest checkpoint or that of `step`, or the folder of one checkpoint.
+    """
+    if not Path(path).is_dir():
+        raise UserError(f"{path}: no such run. Give the folder of a run, such as checkpoints/toy, or of one of its checkpoints.")
+    checkpoint = open_checkpoint(path, step)
+    tokenizer = load_tokenizer(checkpoint.folder / "tokenizer")
+    model = Transformer(ModelConfig.model_validate(checkpoint.manifest.config["model"]).with_vocab(tokenizer.vocab_size))
+    for name, weight in model.named_parameters():
+        value = checkpoint.reader.read_full(name)
+        assert value.shape == weight.shape, (name, value.shape, weight.shape)
+        weight.data = value.to(device, dtype)  # straight to its place: no second copy of the model in fp32
+    return model.to(device).eval(), tokenizer, checkpoint.manifest
+
+
+def choose_device(name: str) -> str:
+    """`auto`: the first GPU if there is one, else the CPU. Refuses a device that is not here."""
+    if name == "auto":
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        torch.empty(0, device=name)
+    except (RuntimeError, AssertionError) as error:  # a torch built without CUDA asserts
+        raise UserError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]}). Try --device cpu.") from None
+    return name

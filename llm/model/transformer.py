@@ -1,0 +1,74 @@
+"""The decoder: token ids in, logits or a loss out. Llama and GPT-2 differ only in what the config picks."""
+# B rows in a batch · T tokens in a row · S keys attended to (T, or the cache length) · D model width · H query heads
+# G kv heads · K width of one head · F MLP width · V vocabulary, padded
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor, nn
+
+from llm.config import ModelConfig
+from llm.model.attention import Attention
+from llm.model.kv_cache import KVCache
+from llm.model.layers import MLP, Embedding, Linear, make_norm, rope_tables
+from llm.model.loss import cross_entropy_sum
+
+
+class Block(nn.Module):
+    """Attention, then MLP, each behind its norm and added to the residual stream. The unit that is compiled and checkpointed."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        self.attn_norm = make_norm(cfg)
+        self.attn = Attention(cfg)
+        self.mlp_norm = make_norm(cfg)
+        self.mlp = MLP[cfg.mlp](cfg)
+
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, remember: Callable | None = None) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), rope, remember)
+        return x + self.mlp(self.mlp_norm(x))
+
+
+class Transformer(nn.Module):
+    """Weights are whatever lay in memory until init_weights or a checkpoint fills them: use init.build_model."""
+
+    def __init__(self, cfg: ModelConfig):
+        super().__init__()
+        assert cfg.vocab_size, "the vocabulary size must be settled: ModelConfig.with_vocab"
+        self.cfg = cfg
+        self.embed = Embedding(cfg.vocab_size, cfg.d_model)
+        if cfg.positions == "learned":
+            self.positions = Embedding(cfg.seq_len, cfg.d_model)
+        else:
+            cos, sin = rope_tables(cfg.seq_len, cfg.d_head, cfg.rope_theta)
+            self.register_buffer("cos", cos, persistent=False)
+            self.register_buffer("sin", sin, persistent=False)
+        self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
+        self.norm = make_norm(cfg)
+        self.head = Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        if cfg.tie_embeddings:
+            self.head.weight = self.embed.weight
+        self.loss = cross_entropy_sum  # here for the engine to compile: it pays, and holds no weights that ZeRO would have to gather
+
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
+        """With targets the fp32 sum of cross-entropy over those that are not -100, else logits_BTV."""
+        logits_BTV = self.head(self.hidden(tokens_BT, cache))
+        if targets_BT is None:
+            return logits_BTV
+        return self.loss(logits_BTV.flatten(0, 1), targets_BT.flatten())
+
+    def hidden(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+        """What the head reads, [B, T, D]. With a cache the tokens follow those it holds, and are added to it."""
+        start = cache.length if cache else 0
+        stop = start + tokens_BT.shape[1]
+        assert stop <= self.cfg.seq_len, (stop, self.cfg.seq_len)
+        x_BTD, rope = self.embed(tokens_BT), None
+        if self.cfg.positions == "learned":
+            x_BTD = x_BTD + self.positions(torch.arange(start, stop, device=tokens_BT.device))
+        else:
+            rope = self.cos[start:stop], self.sin[start:stop]
+        for layer, block in enumerate(self.blocks):
+            x_BTD = block(x_BTD, rope, cache.layer(layer) if cache else None)
+        if cache:
+            cache.length = stop
+        return self.norm(x_BTD)

@@ -1,0 +1,165 @@
+"""Raw text to shards: every document once, the same for any number of workers, and only what is new."""
+
+import json
+import time
+from dataclasses import replace
+
+from raw_text import contents, documents_of, manifest_id, prose, raw_texts, stamp_of, texts_of, write_jsonl
+
+from llm.corpus import plan
+from llm.corpus.documents import ReadOptions
+from llm.corpus.tokenize_corpus import tokenize_corpus
+from llm.data.manifest import find_shards, load_manifest
+from llm.data.shards import verify_shard
+from llm.tokenizer import load_tokenizer
+
+
+def test_every_document_is_in_the_shards_once_and_ends_with_end_of_text(request_for, raw, tokenizer_folder):
+    report = tokenize_corpus(request_for())
+    assert sorted(texts_of(request_for().out, tokenizer_folder)) == sorted(raw_texts(raw))
+    assert report.counts.records == 154
+    assert sum(meta.n_bytes for meta in report.shards) == sum(len(text.encode()) for text in raw_texts(raw))
+    for shard in find_shards([request_for().out], "train"):
+        verify_shard(shard)
+
+
+def test_one_worker_and_three_write_the_same_shards_byte_for_byte(request_for, raw):
+    one = request_for("one/set", workers=1, val_ratio=0.2, shuffle_seed=3, shard_tokens=10_000)
+    three = replace(one, out=one.out.parent.parent / "three/set", workers=3)
+    assert len(tokenize_corpus(one).shards) > 3
+    tokenize_corpus(three)
+    assert contents(one.out) == contents(three.out) and len(contents(one.out)) > 9
+
+
+def test_names_and_places_of_files_do_not_matter(request_for, raw, tmp_path):
+    tokenize_corpus(request_for("first", shard_tokens=10_000))
+    for i, path in enumerate(sorted(raw.iterdir(), reverse=True)):
+        path.rename(raw / f"renamed-{i}{path.suffix}")
+    tokenize_corpus(request_for("second", shard_tokens=10_000))
+    assert manifest_id(tmp_path / "first") == manifest_id(tmp_path / "second")
+
+
+def test_shards_are_whole_units_up_to_the_target(request_for, raw):
+    report = tokenize_corpus(request_for(shard_tokens=12_000))
+    units = [unit_id for meta in report.shards for unit_id in meta.unit_ids]
+    assert len(units) == len(set(units)) > len(report.shards) > 2
+    assert all(meta.n_tokens <= 12_000 for meta in report.shards)
+
+
+def test_names_tell_the_dataset_the_length_and_the_split(request_for, raw):
+    names = [meta.name for meta in tokenize_corpus(request_for("plays", val_ratio=0.3)).shards]
+    assert [name.replace(stamp_of(name), "STAMP") for name in names] == ["plays.cached.64.STAMP-00000", "plays-val.cached.64.STAMP-00000"]
+
+
+def test_nothing_but_the_dataset_is_left_behind(request_for, raw):
+    tokenize_corpus(request_for())
+    assert {path.name.rpartition(".")[2] for path in request_for().out.iterdir()} == {"bin", "idx", "json"}
+
+
+# validation split, shuffle, emit
+
+
+def test_the_validation_split_goes_by_content(request_for, raw, tokenizer_folder, tmp_path):
+    tokenize_corpus(request_for("first", val_ratio=0.2))
+    first = set(texts_of(tmp_path / "first", tokenizer_folder, "val"))
+    train = texts_of(tmp_path / "first", tokenizer_folder, "train")
+    assert 15 < len(first) < 50 and not first & set(train) and len(first) + len(train) == 154
+    write_jsonl(raw / "big.jsonl", reversed([json.loads(line)["text"] for line in (raw / "big.jsonl").read_text().splitlines()]))
+    tokenize_corpus(request_for("second", val_ratio=0.2))
+    assert set(texts_of(tmp_path / "second", tokenizer_folder, "val")) == first
+
+
+def test_shuffling_permutes_the_documents_inside_their_unit(request_for, raw, tmp_path):
+    orders = {}
+    for name, seed in (("plain", None), ("seed 1", 1), ("seed 1 again", 1), ("seed 2", 2)):
+        report = tokenize_corpus(request_for(name, shuffle_seed=seed))
+        orders[name] = [tuple(document) for document in documents_of(tmp_path / name)]
+        units = {unit["unit_id"]: unit["docs"] for meta in report.shards for unit in meta.units}
+    assert orders["seed 1"] == orders["seed 1 again"]
+    assert len({tuple(order) for order in orders.values()}) == 3
+    start = 0
+    for docs in units.values():  # the units stand in the same order in all, as their ids do not depend on the shuffle
+        assert len({tuple(sorted(order[start : start + docs])) for order in orders.values()}) == 1
+        start += docs
+
+
+def test_emitted_jsonl_has_the_ids_of_one_document_a_line(request_for, raw):
+    request = request_for(emit_jsonl=True, val_ratio=0.2)
+    for meta in tokenize_corpus(request).shards:
+        lines = (request.out / f"{meta.name}.jsonl").read_text().splitlines()
+        assert len(lines) == meta.n_docs and sum(len(json.loads(line)) for line in lines) == meta.n_tokens
+        assert all(json.loads(line)[-1] == meta.tokenizer["eos_id"] for line in lines)
+
+
+# more text into the same folder
+
+
+def test_the_same_again_adds_nothing(request_for, raw):
+    tokenize_corpus(request_for())
+    before = contents(request_for().out), manifest_id(request_for().out)
+    assert tokenize_corpus(request_for()).shards == []
+    assert (contents(request_for().out), manifest_id(request_for().out)) == before
+
+
+def test_new_and_grown_files_bring_only_their_new_text(request_for, raw, tokenizer_folder):
+    tokenize_corpus(request_for(workers=2))
+    before = {path: path.read_bytes() for path in request_for().out.glob("*.cached.*")}
+    (raw / "new.txt").write_text("quite new text")
+    with open(raw / "other.jsonl", "a") as file:
+        file.write(json.dumps({"text": "one more line"}) + "\n")
+    report = tokenize_corpus(request_for(workers=2))
+    tokenizer = load_tokenizer(tokenizer_folder)
+    assert sum(meta.n_tokens for meta in report.shards) == sum(len(tokenizer.encode(t)) + 1 for t in ("quite new text", "one more line"))
+    assert {path: path.read_bytes() for path in before} == before
+    assert sorted(texts_of(request_for().out, tokenizer_folder)) == sorted(raw_texts(raw))
+    held = [unit_id for shard in load_manifest(request_for().out).shards for unit_id in shard["unit_ids"]]
+    assert len(held) == len(set(held))
+
+
+def test_two_runs_in_one_second_have_names_of_their_own(request_for, raw, monkeypatch):
+    monkeypatch.setattr(time, "time", lambda: 2e9)
+    names = [meta.name for meta in tokenize_corpus(request_for()).shards]
+    (raw / "new.txt").write_text("quite new text")
+    assert not {meta.name for meta in tokenize_corpus(request_for()).shards} & set(names)
+
+
+def test_a_renamed_file_is_no_new_text_but_gains_a_name(request_for, raw):
+    tokenize_corpus(request_for())
+    (raw / "big.jsonl").rename(raw / "large.jsonl")
+    assert tokenize_corpus(request_for()).shards == []
+    assert ["raw/big.jsonl", "raw/large.jsonl"] in [source["names"] for source in load_manifest(request_for().out).sources]
+
+
+def test_the_same_text_in_two_files_is_used_once_and_said(request_for, raw, tokenizer_folder, capsys):
+    (raw / "copy of 0.txt").write_bytes((raw / "0.txt").read_bytes())
+    tokenize_corpus(request_for())
+    assert sorted(texts_of(request_for().out, tokenizer_folder)) == sorted(set(raw_texts(raw)))
+    assert "used once" in capsys.readouterr().out
+
+
+def test_units_of_a_grown_source_keep_the_size_of_its_first_time(request_for, tmp_path, monkeypatch):
+    monkeypatch.setattr(plan, "UNITS_PER_SOURCE", 1)  # so that a larger file would get larger units
+    documents = [prose(i, 40) for i in range(600)]
+    path = write_jsonl(tmp_path / "raw" / "a.jsonl", documents[:60])
+    tokenize_corpus(request_for())
+    write_jsonl(path, documents)
+    report = tokenize_corpus(request_for())
+    assert sum(meta.n_docs for meta in report.shards) == 540
+    first, second = load_manifest(request_for().out).sources
+    assert first["unit_bytes"] == second["unit_bytes"] < plan.unit_bytes_for(path.stat().st_size)
+
+
+def test_thousands_of_small_files_are_no_burden(request_for, tmp_path):
+    (tmp_path / "raw").mkdir()
+    for i in range(3000):
+        (tmp_path / "raw" / f"{i}.txt").write_text(f"file number {i}")
+    started_at = time.process_time()
+    report = tokenize_corpus(request_for())
+    assert [meta.n_docs for meta in report.shards] == [3000]
+    assert time.process_time() - started_at < 20
+
+
+def test_a_separator_makes_documents_of_a_txt_file(request_for, tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a.txt").write_text("\n\n".join(prose(i, 50) for i in range(100)))
+    assert sum(meta.n_docs for meta in tokenize_corpus(request_for(options=ReadOptions(separator="\n\n"))).shards) == 100

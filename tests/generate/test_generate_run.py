@@ -1,0 +1,112 @@
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from llm.checkpoint.manifest import Manifest, Parameter
+from llm.checkpoint.saver import save
+from llm.checkpoint.slices import KINDS, Slice
+from llm.config import ModelConfig
+from llm.dist import World
+from llm.generate.load import load_run
+from llm.log import UserError
+from llm.model.init import build_model
+from llm.tokenizer.train import train_bpe
+
+LAUNCH = Path(__file__).parents[2] / "launch" / "generate.py"
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory):
+    """A run's folder with checkpoints of steps 1 and 2, whose seeds are their steps."""
+    folder = tmp_path_factory.mktemp("runs") / "toy"
+    tokenizer = train_bpe(["plain bytes"], vocab_size=256).tokenizer
+    for step in (1, 2):
+        save_model(folder, step, build_model(settled_config(tokenizer), seed=step), tokenizer)
+    return folder
+
+
+def settled_config(tokenizer) -> ModelConfig:
+    cfg = ModelConfig(n_layers=1, d_model=32, n_heads=4, d_ff=48, seq_len=16, tie_embeddings=True, init_std=0.3)
+    return cfg.with_vocab(tokenizer.vocab_size)
+
+
+def save_model(folder, step, model, tokenizer):
+    weights = list(model.named_parameters())
+    slices = [Slice(name, kind, 0, w.detach().flatten()) for name, w in weights for kind in KINDS]
+    manifest = Manifest(
+        run_id="r", attempt=1, step=step, tokens_seen=0, parent=None, world_size=1, global_rows=1,
+        config={"model": model.cfg.model_dump(mode="json")}, tokenizer_fingerprint=tokenizer.fingerprint, ledger={}, chain="", engine={},
+        versions={}, metrics={}, epoch_end=False, files=[], state_hash=0,
+        params=[Parameter(name=name, shape=list(w.shape)) for name, w in weights],
+    )  # fmt: skip
+
+    def add_tokenizer(temporary: Path) -> None:
+        (temporary / "tokenizer").mkdir()
+        tokenizer.save(temporary / "tokenizer")
+
+    save(World(), folder, manifest, slices, add_tokenizer)
+
+
+@pytest.mark.parametrize(("step", "seed"), [(None, 2), (1, 1)])
+def test_a_loaded_run_is_the_model_that_was_saved(run, step, seed):
+    model, tokenizer, manifest = load_run(run, step)
+    saved = build_model(settled_config(tokenizer), seed=seed)
+    tokens = torch.arange(16)[None]
+    assert manifest.step == seed
+    assert torch.equal(model(tokens), saved(tokens))
+    assert model.head.weight is model.embed.weight
+
+
+def test_bf16_is_for_weights_and_leaves_rotary_angles_exact(run):
+    model, tokenizer, _ = load_run(run, dtype=torch.bfloat16)
+    assert {w.dtype for w in model.parameters()} == {torch.bfloat16}
+    assert torch.equal(model.cos, build_model(settled_config(tokenizer), 1).cos)
+
+
+def test_a_run_that_is_not_there_is_named(tmp_path):
+    with pytest.raises(UserError, match="nowhere: no such run"):
+        load_run(tmp_path / "nowhere")
+
+
+def generate(*words, stdin: str | None = None) -> subprocess.CompletedProcess:
+    return subprocess.run([sys.executable, LAUNCH, *map(str, words)], capture_output=True, text=True, input=stdin, timeout=120)
+
+
+def test_the_command_continues_the_prompt_and_repeats_itself_with_the_same_seed(run, tmp_path):
+    (tmp_path / "prompt.txt").write_text("once upon")
+    words = ["--max-tokens", 8, "--seed", 3, "--device", "cpu", "--top_k", 5]
+    by_flag, by_file = generate(run, "--prompt", "once upon", *words), generate(run, "--prompt-file", tmp_path / "prompt.txt", *words)
+    assert by_flag.returncode == 0, by_flag.stderr
+    assert by_flag.stdout == by_file.stdout
+    first, text = by_flag.stdout.split("\n", 1)
+    assert "step 2" in first and "seed 3" in first
+    assert text.startswith("once upon") and len(text) > len("once upon\n")
+
+
+def test_a_cut_prompt_is_said(run):
+    result = generate(run, "--prompt", "x" * 20, "--max-tokens", 1, "--device", "cpu")
+    assert "the prompt has 20 tokens, the model sees 16: only the last 16 are used" in result.stdout
+
+
+@pytest.mark.parametrize(("words", "said"), [
+    (["--prompt", ""], "the prompt is empty"), (["--prompt-file", "no-such-file"], "no-such-file: cannot be read"),
+    (["--prompt", "a", "--temp", "-1"], "temperature is -1"), (["--prompt", "a", "--max-tokens", "0"], "--max-tokens is 0"),
+    (["--prompt", "a", "--step", "7"], "no checkpoint of step 7"),
+    (["--prompt", "a", "--device", "cuda:99"], "--device cuda:99: cannot be used here"),
+])  # fmt: skip
+def test_a_mistake_gets_one_paragraph_and_exit_code_2(run, words, said):
+    result = generate(run, *words)
+    assert result.returncode == 2
+    assert said in result.stderr
+    assert "Traceback" not in result.stderr
+
+
+def test_help_answers_without_loading_torch():
+    code = f"import sys, runpy; sys.argv = ['generate.py', '--help']\ntry: runpy.run_path({str(LAUNCH)!r}, run_name='__main__')\n"
+    code += "except SystemExit: assert 'torch' not in sys.modules"
+    result = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, timeout=60)
+    assert result.returncode == 0, result.stderr
+    assert "--prompt-file" in result.stdout

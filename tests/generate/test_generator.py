@@ -1,0 +1,101 @@
+import pytest
+import torch
+
+from llm.config import ModelConfig
+from llm.generate.generator import generate_ids, stream_text
+from llm.generate.sampling import Sampling
+from llm.model.init import build_model
+from llm.tokenizer.train import train_bpe
+
+GREEDY = Sampling(temperature=0)
+
+
+@pytest.fixture(scope="module")
+def tokenizer():
+    return train_bpe(["plain bytes"], vocab_size=256).tokenizer  # a token for each byte, and the special ones
+
+
+def little_model(tokenizer, seq_len: int = 16):
+    cfg = ModelConfig(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, seq_len=seq_len, init_std=0.3)
+    return build_model(cfg.with_vocab(tokenizer.vocab_size), 1).eval()
+
+
+def continued(model, tokenizer, prompt, n, sampling=GREEDY, seed=1):
+    return list(generate_ids(model, tokenizer, prompt, max_tokens=n, sampling=sampling, seed=seed))
+
+
+@torch.no_grad()
+def test_greedy_text_is_what_the_full_forward_finds_likeliest(tokenizer):
+    model, ids = little_model(tokenizer), [1, 2, 3]
+    new = continued(model, tokenizer, ids, 13)
+    for chosen in new:
+        assert chosen == model(torch.tensor([ids]))[0, -1, : tokenizer.vocab_size].argmax()
+        ids.append(chosen)
+    assert len(new) == 13
+
+
+@torch.no_grad()
+def test_past_the_context_it_goes_on_from_the_last_half(tokenizer):
+    model = little_model(tokenizer, seq_len=8)
+    new = continued(model, tokenizer, [1, 2, 3], 12)
+    written = [1, 2, 3, *new]
+    assert len(new) == 12
+    assert new[6] == model(torch.tensor([written[5:9]]))[0, -1, : tokenizer.vocab_size].argmax()  # 9 tokens do not fit: the last 4 are read
+
+
+def test_a_prompt_longer_than_the_context_is_cut_from_the_left(tokenizer):
+    model = little_model(tokenizer)
+    assert continued(model, tokenizer, range(40), 5) == continued(model, tokenizer, range(24, 40), 5)
+
+
+def test_the_seed_decides_the_text(tokenizer):
+    model, sampling = little_model(tokenizer), Sampling(temperature=1.0)
+    first = continued(model, tokenizer, [1], 30, sampling, seed=5)
+    assert first == continued(model, tokenizer, [1], 30, sampling, seed=5)
+    assert first != continued(model, tokenizer, [1], 30, sampling, seed=6)
+
+
+@pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=5.0)], ids=["greedy", "hot"])
+def test_columns_that_only_pad_the_vocabulary_never_win(tokenizer, sampling):
+    model = little_model(tokenizer)
+    assert model.cfg.vocab_size > tokenizer.vocab_size
+    with torch.no_grad():
+        model.head.weight[tokenizer.vocab_size :] = 50 * model.head.weight[:1]
+        model.head.weight[tokenizer.vocab_size + 1 :] *= -1  # one of the two is huge at every position
+    assert max(continued(model, tokenizer, [1], 60, sampling)) < tokenizer.vocab_size
+
+
+def test_end_of_text_ends_it_and_is_not_shown(tokenizer):
+    model = little_model(tokenizer)
+    greedy = continued(model, tokenizer, [1, 2, 3], 8)
+    tokenizer_like = _EndsAt(tokenizer, greedy[5])
+    assert continued(model, tokenizer_like, [1, 2, 3], 8) == greedy[: greedy.index(greedy[5])]
+
+
+class _EndsAt:
+    def __init__(self, tokenizer, eos_id: int):
+        self.vocab_size, self.eos_id = tokenizer.vocab_size, eos_id
+
+
+def test_streaming_never_breaks_a_character(tokenizer):
+    text = "naïve 😀 日本 é"
+    ids = tokenizer.encode(text)
+    assert len(ids) == len(text.encode())  # every character but ASCII is spread over tokens
+    pieces = list(stream_text(tokenizer, ids))
+    assert pieces == list(text)
+
+
+def test_streaming_shows_a_character_that_was_never_finished_as_a_replacement(tokenizer):
+    assert list(stream_text(tokenizer, tokenizer.encode("a😀")[:-1])) == ["a", "\ufffd"]
+
+
+def test_streaming_is_lazy(tokenizer):
+    asked = []
+
+    def ids():
+        for i in tokenizer.encode("ab"):
+            asked.append(i)
+            yield i
+
+    assert next(stream_text(tokenizer, ids())) == "a"
+    assert len(asked) == 1
