@@ -17,22 +17,19 @@ def main() -> None:
     from llm import dist
     from llm.config import load_config
 
-    world = dist.start()
     overrides = [*args.overrides, *([f"engine.device={args.device}"] if args.device else [])]
     if args.rechunk:
         overrides.append("data.rechunk=true")
-    cfg = world.together(lambda: load_config(args.config, overrides, preset=args.model))
-    world = world.on(world.together(lambda: dist.pick_device(cfg.engine.device, world)))
+    with dist.joined() as world:
+        cfg = world.together(lambda: load_config(args.config, overrides, preset=args.model))
+        world = world.on(world.together(lambda: dist.pick_device(cfg.engine.device, world)))
 
-    from llm.train.phases import Wish
-    from llm.train.run import Options, train
+        from llm.train.phases import Wish
+        from llm.train.run import Options, train
 
-    wish = Wish(only_new=args.only_new, reset_epoch=args.reset_epoch, dataset=args.dataset)
-    options = Options(
-        STARTED_AT, args.steps_today, args.minutes_today, wish, args.init_from, args.fresh, tuple(args.accept_change or ())
-    )
-    train(cfg, world, options)
-    dist.stop(world)
+        wish = Wish(only_new=args.only_new, reset_epoch=args.reset_epoch, dataset=args.dataset)
+        accepted = tuple(args.accept_change or ())
+        train(cfg, world, Options(STARTED_AT, args.steps_today, args.minutes_today, wish, args.init_from, args.fresh, accepted))
 
 
 def _parser() -> cli.Parser:

@@ -8,11 +8,13 @@ from llm.log import UserError, terminal
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes `--steps-today` and `--steps_today` alike."""
+    """Takes `--steps-today` and `--steps_today` alike, and overrides between flags."""
 
-    def parse_known_args(self, args=None, namespace=None):
-        args = list(sys.argv[1:] if args is None else args)
-        return super().parse_known_args([_dashed(a) for a in args], namespace)
+    def parse_args(self, args=None, namespace=None):
+        words = [_dashed(word) for word in (sys.argv[1:] if args is None else args)]
+        if any(action.dest == "overrides" for action in self._actions):
+            return self.parse_intermixed_args(words, namespace)  # else only the first run of overrides would be taken
+        return super().parse_args(words, namespace)
 
     def add_config(self) -> None:
         """Add the arguments that choose and change a run's config."""

@@ -2,7 +2,8 @@
 
 import json
 import os
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -130,6 +131,19 @@ def start(*, init_method: str | None = None, place: tuple[int, int, int] | None 
     backend = "cpu:gloo,cuda:nccl" if has_cuda else "gloo"
     dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size, timeout=timeout)
     return World(rank, size, local_rank, group=dist.new_group(backend="gloo", timeout=timeout))
+
+
+@contextmanager
+def joined() -> Iterator[World]:
+    """Join the others for the length of a `with`. After an error that all ranks share they part in order; else the launcher ends them."""
+    world = start()
+    try:
+        yield world
+    except UserError as error:
+        if error.told:
+            stop(world)
+        raise
+    stop(world)
 
 
 def stop(world: World) -> None:

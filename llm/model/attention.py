@@ -25,9 +25,9 @@ def eager_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> Tensor:
     H, T, K = q_BHTK.shape[1:]
     G, S = k_BGSK.shape[1:3]
     k_BHSK, v_BHSK = (x.repeat_interleave(H // G, dim=1) for x in (k_BGSK, v_BGSK))
-    scores_BHTS = (q_BHTK @ k_BHSK.transpose(2, 3)).float() * K**-0.5
+    scores_BHTS = (q_BHTK * K**-0.5) @ k_BHSK.transpose(2, 3)
     scores_BHTS = scores_BHTS.masked_fill(~causal_mask(T, S, q_BHTK.device), float("-inf"))
-    return scores_BHTS.softmax(dim=-1).to(v_BHSK.dtype) @ v_BHSK
+    return scores_BHTS.softmax(dim=-1, dtype=torch.float32).to(v_BHSK.dtype) @ v_BHSK
 
 
 def causal_mask(T: int, S: int, device: torch.device) -> Tensor:

@@ -8,15 +8,14 @@ from llm.data.manifest import check_compatible, find_shards, import_ids
 from llm.data.shards import Shard
 from llm.dist import World
 from llm.log import log
-from llm.tokenizer import Tokenizer
+from llm.tokenizer import Tokenizer, tokenizer_info
 
 
 def open_shards(cfg: RunConfig, tokenizer: Tokenizer, world: World) -> tuple[dict[str, list[Shard]], list[Shard]]:
     """Training shards by dataset name, and all validation shards. Collective. Raises UserError on every rank."""
-    world.on_rank_0(lambda: _import_lists(cfg, tokenizer))
+    paths = world.on_rank_0(lambda: {name: _shard_path(cfg, path, tokenizer) for name, path in cfg.data.datasets.items()})
 
     def open_all() -> tuple[dict[str, list[Shard]], list[Shard]]:
-        paths = {name: _shard_path(cfg, path) for name, path in cfg.data.datasets.items()}
         train = {name: find_shards([path], "train") for name, path in paths.items()}
         val = find_shards(list(paths.values()), "val")
         check_compatible([s for found in train.values() for s in found] + val, tokenizer.fingerprint, cfg.model.seq_len, cfg.data.rechunk)
@@ -32,28 +31,17 @@ def pool(datasets: dict[str, list[Shard]]) -> list[Shard]:
     return list({s.meta.shard_id: s for found in datasets.values() for s in found}.values())
 
 
-def _is_list_of_ids(path: str) -> bool:
-    return path.endswith(".jsonl")
-
-
-def _shard_path(cfg: RunConfig, path: str) -> str:
-    """Where the shards of a configured path are: an imported .jsonl became a shard in a folder of its own."""
-    return str(_import_folder(cfg, path)) if _is_list_of_ids(path) else path
-
-
-def _import_folder(cfg: RunConfig, path: str) -> Path:
+def _shard_path(cfg: RunConfig, path: str, tokenizer: Tokenizer) -> str:
+    """Where the shards of a configured path are: a .jsonl of ids becomes a shard first. Rank 0 only."""
+    if not path.endswith(".jsonl"):
+        return path
+    if not Path(path).is_file():
+        raise ConfigError(f"data.data_path: {path} does not exist.")
     name = f"{Path(path).stem}.imported"
-    return Path(path).with_name(name) if cfg.data.save_bin else cfg.run_folder / name
-
-
-def _import_lists(cfg: RunConfig, tokenizer: Tokenizer) -> None:
-    info = {"fingerprint": tokenizer.fingerprint, "kind": tokenizer.kind, "vocab_size": tokenizer.vocab_size}
-    info |= {"eos_id": tokenizer.eos_id, "pad_id": tokenizer.pad_id}
-    for path in filter(_is_list_of_ids, cfg.data.datasets.values()):
-        if not Path(path).is_file():
-            raise ConfigError(f"data.data_path: {path} does not exist.")
-        meta = import_ids(path, _import_folder(cfg, path), info, cfg.model.seq_len)
-        log.info(f"{path}: {meta.n_docs:,} lists of ids, {meta.n_tokens:,} tokens, imported as {meta.path}")
+    folder = Path(path).with_name(name) if cfg.data.save_bin else cfg.run_folder / name
+    meta = import_ids(path, folder, tokenizer_info(tokenizer), cfg.model.seq_len)
+    log.info(f"{path}: {meta.n_docs:,} lists of ids, {meta.n_tokens:,} tokens, as shard {meta.path}")
+    return str(meta.path)
 
 
 def _same_everywhere(world: World, shards: list[Shard]) -> None:

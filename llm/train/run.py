@@ -5,6 +5,9 @@ import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass
+from pathlib import Path
+
+from torch import nn
 
 from llm.checkpoint import folder
 from llm.checkpoint.resume import Checkpoint, newest, open_checkpoint
@@ -49,9 +52,7 @@ class Options:
 def train(cfg: RunConfig, world: World, options: Options) -> None:
     """Train for one sitting. Collective. Raises UserError, the same on every rank."""
     sitting = world.together(lambda: Sitting(options.started_at, options.steps_today, options.minutes_today))
-    world.on_rank_0(lambda: _prepare_folders(cfg, options.fresh))
-    route_output(cfg.log_folder / f"rank-{world.rank}.log")
-    stop = StopFlag()
+    stop = StopFlag(world.rank)
     try:
         _train(cfg, world, options, sitting, stop)
     finally:
@@ -64,6 +65,8 @@ def _train(cfg: RunConfig, world: World, options: Options, sitting: Sitting, sto
     cfg = cfg.model_copy(update={"model": model_config})
     train_shards, val_shards = open_shards(cfg, tokenizer, world)
 
+    if options.fresh:
+        world.on_rank_0(lambda: _move_aside(cfg.run_folder))
     checkpoint = world.together(lambda: newest(world, cfg.run_folder))
     if checkpoint:
         world.together(lambda: _check_identity(checkpoint, cfg, tokenizer, options))
@@ -77,9 +80,12 @@ def _train(cfg: RunConfig, world: World, options: Options, sitting: Sitting, sto
     if isinstance(chosen, str):
         log.info(chosen)
         return
+    source = world.together(lambda: _source(options.init_from, tokenizer) if checkpoint is None else None)
+    world.on_rank_0(lambda: _make_folders(cfg))  # only now: a mistake found above leaves nothing behind
+    route_output(cfg.log_folder / f"rank-{world.rank}.log")
     if not cfg.train.batch_tokens:  # the run's own global batch, which another number of ranks cuts otherwise
         cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"grad_accum": plan.accumulation})})
-    engine = _engine(cfg, world, checkpoint, tokenizer, options)
+    engine = _engine(cfg, world, checkpoint, source)
     keeper = Keeper(cfg, plan, world, engine, tokenizer, checkpoint)
     _introduce(cfg, plan, world, checkpoint, at, chosen)
     metrics = _metrics(cfg, world)
@@ -102,23 +108,24 @@ def _train(cfg: RunConfig, world: World, options: Options, sitting: Sitting, sto
         _tell_sitting(cfg, at, sitting, metrics, first_step, chosen)
 
 
-def _prepare_folders(cfg: RunConfig, fresh: bool) -> None:
-    run = cfg.run_folder
+def _move_aside(run: Path) -> None:
+    if folder.has_committed(run):
+        aside = run.with_name(f"{run.name}.before-{time.strftime('%Y%m%dT%H%M%S')}")
+        run.rename(aside)
+        log.info(f"--fresh: the old run is now {aside}")
+
+
+def _make_folders(cfg: RunConfig) -> None:
+    probe = cfg.run_folder / ".tmp-probe"
     try:
-        if fresh and folder.has_committed(run):
-            aside = run.with_name(f"{run.name}.before-{time.strftime('%Y%m%dT%H%M%S')}")
-            run.rename(aside)
-            log.info(f"--fresh: the old run is now {aside}")
-        run.mkdir(parents=True, exist_ok=True)
+        cfg.run_folder.mkdir(parents=True, exist_ok=True)
         cfg.log_folder.mkdir(parents=True, exist_ok=True)
-        folder.clean(run)
-        probe = run / ".tmp-probe"
-        probe.write_text("")
-        probe.unlink()
+        probe.mkdir()
+        folder.clean(cfg.run_folder)
     except OSError as error:
         raise ConfigError(
-            f"{error.filename or run}: cannot be written ({error.strerror}). Checkpoints and logs go there: change checkpoint.checkpoint_dir "
-            f"or log.out_dir, or the folder's permissions."
+            f"{error.filename or cfg.run_folder}: cannot be written ({error.strerror}). Checkpoints and logs go there: change "
+            f"checkpoint.checkpoint_dir or log.out_dir, or the folder's permissions."
         ) from None
 
 
@@ -152,11 +159,11 @@ def _position(checkpoint: Checkpoint | None) -> Progress:
     )
 
 
-def _engine(cfg: RunConfig, world: World, checkpoint: Checkpoint | None, tokenizer: Tokenizer, options: Options) -> Engine:
+def _engine(cfg: RunConfig, world: World, checkpoint: Checkpoint | None, source: Checkpoint | None) -> Engine:
     """Model and engine with the checkpoint's state in them, verified by its state hash."""
     model = build_model(cfg.model, cfg.train.seed)
-    if checkpoint is None and options.init_from:
-        world.together(lambda: _init_from(model, options.init_from, tokenizer))
+    if source:
+        world.together(lambda: _copy_weights(source, model))
     engine = world.together(lambda: build_engine(cfg, world, model))
     if checkpoint is None:
         return engine
@@ -174,22 +181,29 @@ def _engine(cfg: RunConfig, world: World, checkpoint: Checkpoint | None, tokeniz
     return engine
 
 
-def _init_from(model, source: str, tokenizer: Tokenizer) -> None:
-    """Copy another run's weights (no moments, no ledger) into a fresh model."""
-    other = open_checkpoint(source)
-    if other.manifest.tokenizer_fingerprint != tokenizer.fingerprint:
+def _source(init_from: str | None, tokenizer: Tokenizer) -> Checkpoint | None:
+    """The checkpoint that --init-from names."""
+    if init_from is None:
+        return None
+    source = open_checkpoint(init_from)
+    theirs = source.manifest.tokenizer_fingerprint
+    if theirs != tokenizer.fingerprint:
         raise CheckpointError(
-            f"{other.folder}: was trained with tokenizer {other.manifest.tokenizer_fingerprint[:16]}, this run uses {tokenizer.fingerprint[:16]}. "
-            f"Its weights mean nothing for other ids; set tokenizer.tokenizer_path={other.folder / 'tokenizer'}."
+            f"{source.folder}: was trained with tokenizer {theirs[:16]}, this run uses {tokenizer.fingerprint[:16]}, and its weights mean "
+            f"nothing for other ids. Set tokenizer.tokenizer_path={source.folder / 'tokenizer'}."
         )
-    shapes = {name: tuple(p.shape) for name, p in model.named_parameters()}
-    theirs = dict(other.manifest.shapes)
-    if shapes != theirs:
-        odd = [f"{n}: {theirs.get(n)} there, {shapes.get(n)} here" for n in sorted({*shapes, *theirs}) if shapes.get(n) != theirs.get(n)]
-        raise CheckpointError(f"{other.folder}: its model has other dimensions ({'; '.join(odd[:3])}). Use the same model section.")
+    return source
+
+
+def _copy_weights(source: Checkpoint, model: nn.Module) -> None:
+    """Weights alone: a new run has its own moments and ledger."""
+    here, there = {name: tuple(p.shape) for name, p in model.named_parameters()}, dict(source.manifest.shapes)
+    if here != there:
+        odd = [f"{n}: {there.get(n)} there, {here.get(n)} here" for n in sorted({*here, *there}) if there.get(n) != here.get(n)]
+        raise CheckpointError(f"{source.folder}: its model has other dimensions ({'; '.join(odd[:3])}). Use the same model section.")
     for name, parameter in model.named_parameters():
-        parameter.data.copy_(other.reader.read_full(name))
-    log.info(f"weights from {other.folder}")
+        parameter.data.copy_(source.reader.read_full(name))
+    log.info(f"weights from {source.folder}")
 
 
 def _stream(ledger: Ledger, shards: dict[str, list[Shard]], plan: BatchPlan, world: World) -> Stream:

@@ -48,3 +48,12 @@ def test_a_second_backward_is_refused_because_the_logits_are_gone():
     ours.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="inplace"):
         ours.backward()
+
+
+def test_the_compiled_form_gives_the_same_sum_and_gradient():
+    logits, targets = logits_and_targets(torch.bfloat16)
+    results = []
+    for form in (cross_entropy_sum, torch.compile(cross_entropy_sum, backend="aot_eager", fullgraph=True, dynamic=False)):
+        loss = form(logits * 1.0, targets)
+        results.append((loss, *torch.autograd.grad(loss * 0.25, logits)))
+    torch.testing.assert_close(*results)
