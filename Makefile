@@ -30,6 +30,12 @@ quickstart: install
 	python tools/ledger.py show checkpoints/toy
 	python tools/report.py checkpoints/toy
 	python launch/generate.py checkpoints/toy --prompt "def " --max-tokens 120 --seed 1
+	@echo
+	@echo "The loss curve is checkpoints/toy/logs/loss.png. Next, with 'source $(VENV)/bin/activate':"
+	@echo "  python launch/train.py --config configs/toy.yaml train.total_step_budget=1000 --minutes-today 10    train on, the rest of the text"
+	@echo "  python tools/tokenize_parallel.py YOUR.txt --tokenizer data/tokenizers/pystdlib-4k --seq-len 256 --out data/pystdlib"
+	@echo "  python launch/train.py --config configs/toy.yaml train.total_step_budget=0 --only-new               train on your text too"
+	@echo "  tensorboard --logdir checkpoints/toy/logs/tensorboard"
 
 # two gloo ranks without a GPU; with GPUs one rank each over NCCL
 RANKS = $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo gpu || echo 2)

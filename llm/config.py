@@ -128,7 +128,9 @@ class TokenizerConfig(Section):
 
 class DataConfig(Section):
     data_path: str | list[str] | dict[str, str]
-    """Dataset folders made by tools/tokenize_parallel.py, single shards, or .jsonl files with one list of ids a line; a mapping names them for --dataset."""
+    """Dataset folders made by tools/tokenize_parallel.py, single shards, or .jsonl files with one list of ids a line.
+
+    A mapping gives them names for --dataset."""
     save_bin: bool = True
     """Keep the shard that an imported .jsonl becomes beside it; false: keep it in the run's folder."""
     rechunk: bool = False

@@ -122,7 +122,10 @@ def start(*, init_method: str | None = None, place: tuple[int, int, int] | None 
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
     if init_method is None and "MASTER_ADDR" not in os.environ:
-        raise UserError("Several processes, but MASTER_ADDR is not set, so they cannot find each other. Start with torchrun, or export MASTER_ADDR and MASTER_PORT.")
+        raise UserError(
+            "Several processes, but MASTER_ADDR is not set, so they cannot find each other. Start with torchrun, or export MASTER_ADDR "
+            "and MASTER_PORT."
+        )
     os.environ.setdefault("MASTER_PORT", "29500")
     has_cuda = torch.cuda.is_available()
     if has_cuda:

@@ -1,7 +1,7 @@
 import pytest
 from ranks import run_ranks
 
-from llm.dist import World, read_environment
+from llm.dist import World, pick_device, read_environment
 from llm.log import UserError
 
 
@@ -52,3 +52,62 @@ def test_each_launcher_is_understood(monkeypatch, variables, place):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert read_environment() == place
+
+
+def pretend_gpus(monkeypatch, free: list[int]) -> None:
+    """There is no GPU in CI: torch is made to report these, by free bytes."""
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: bool(free))
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: len(free))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: (free[i], free[i]))
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda i: f"GPU {i}")
+    monkeypatch.setattr(torch.cuda, "set_device", lambda i: None)
+
+
+def test_alone_without_a_terminal_the_freest_gpu_is_taken_and_a_named_one_always(monkeypatch, capsys):
+    pretend_gpus(monkeypatch, [1 << 30, 9 << 30, 2 << 30])
+    assert pick_device("auto", World()) == "cuda:1"
+    assert "9 GiB free" in capsys.readouterr().out
+    assert pick_device("cuda:2", World()) == "cuda:2"
+    assert pick_device("cpu", World()) == "cpu"
+
+
+def test_at_a_terminal_the_person_chooses_the_gpu(monkeypatch):
+    import sys
+
+    from llm import log
+
+    class Terminal:
+        def isatty(self):
+            return True
+
+        def write(self, text):
+            pass
+
+        def flush(self):
+            pass
+
+    pretend_gpus(monkeypatch, [1 << 30, 9 << 30])
+    monkeypatch.setattr(sys, "stdin", Terminal())
+    monkeypatch.setattr(log._handler, "stream", Terminal())
+    for answer, device in (("0", "cuda:0"), ("", "cuda:1")):
+        monkeypatch.setattr("builtins.input", lambda _, answer=answer: answer)
+        assert pick_device("auto", World()) == device
+    monkeypatch.setattr("builtins.input", lambda _: "7")
+    with pytest.raises(UserError, match="no GPU '7'"):
+        pick_device("auto", World())
+
+
+def test_each_rank_takes_the_gpu_of_its_local_rank(monkeypatch):
+    pretend_gpus(monkeypatch, [1 << 30, 1 << 30])
+    assert [pick_device("auto", World(rank=r, size=2, local_rank=r)) for r in (0, 1)] == ["cuda:0", "cuda:1"]
+    with pytest.raises(UserError, match="has 2 GPUs"):
+        pick_device("auto", World(rank=2, size=3, local_rank=2))
+
+
+def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused(monkeypatch):
+    pretend_gpus(monkeypatch, [])
+    assert pick_device("auto", World()) == "cpu"
+    with pytest.raises(UserError, match="sees no GPU"):
+        pick_device("cuda", World())

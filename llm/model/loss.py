@@ -16,7 +16,7 @@ CPU_SLICE, GPU_SLICE = 1 << 20, 1 << 26  # elements: 4 MB of fp32 stay in a CPU'
 
 def cross_entropy_sum(logits_NV: Tensor, targets_N: Tensor) -> Tensor:
     """Sum over the targets that are not -100, an fp32 scalar. Takes the logits over: backward leaves their gradient in their place."""
-    if torch.compiler.is_compiling():  # then the plain form is the fastest: the compiler fuses the conversion, and makes no fp32 copy either
+    if torch.compiler.is_compiling():  # then the plain form is fastest: the compiler fuses the conversion, and makes no fp32 copy either
         return F.cross_entropy(logits_NV.float(), targets_N, ignore_index=IGNORE, reduction="sum")
     return _CrossEntropySum.apply(logits_NV, targets_N)
 

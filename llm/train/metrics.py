@@ -23,7 +23,7 @@ class Metrics:
         self._window: list[tuple[float, int, float]] = []  # (seconds, tokens, data wait)
         self._line = LiveLine() if speaks else None
         folder = cfg.log_folder
-        self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8") if speaks else None
+        self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8") if speaks else None  # noqa: SIM115 - until close()
         self._board = _tensorboard(folder) if speaks and cfg.log.tensorboard else None
 
     def step(self, step: int, *, loss: float, lr: float, grad_norm: float, tokens: int, seconds: float, data_wait_s: float) -> None:

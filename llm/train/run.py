@@ -256,7 +256,8 @@ def _introduce(cfg: RunConfig, plan: BatchPlan, world: World, checkpoint: Checkp
     phase, engine = ledger.open_phase, cfg.engine
     kind = f"ZeRO-{engine.zero_stage}" if engine.zero_stage else "torch" + (", DDP" if world.size > 1 else "")
     start = f"resumes {checkpoint.folder} (saved on {checkpoint.manifest.world_size} ranks)" if checkpoint else "starts"
-    log.info(f"{cfg.checkpoint.run_name} {start} at step {at.step:,}: {count_params(cfg.model):,} parameters, {kind}, {engine.precision}, {world.device}")
+    size = f"{count_params(cfg.model):,} parameters"
+    log.info(f"{cfg.checkpoint.run_name} {start} at step {at.step:,}: {size}, {kind}, {engine.precision}, {world.device}")
     log.info(f"batch: {plan}")
     log.info(
         f"phase {phase.name}: {phase.samples:,} samples x {phase.epochs} epochs from {len(phase.shards)} shards, {phase.consumed:,} consumed; "
@@ -285,14 +286,15 @@ def _tell_sitting(cfg: RunConfig, at: Progress, sitting: Sitting, metrics: Metri
         f"This sitting: steps {first_step:,} to {at.step:,}, {metrics.tokens:,} tokens in {minutes:.1f} minutes at "
         f"{metrics.tokens_per_s:,.0f} tokens/s, loss {first} to {last}. Ended: {reason}."
     )
-    log.info(_whats_next(cfg, at, reason))
+    log.info(_whats_next(cfg, reason))
 
 
-def _whats_next(cfg: RunConfig, at: Progress, reason: str) -> str:
-    if reason == "phase finished":
-        return f"All chosen data has been trained on. Talk to the model: python launch/generate.py {cfg.run_folder} --prompt TEXT"
+def _whats_next(cfg: RunConfig, reason: str) -> str:
+    try_it = f"Try the model: python launch/generate.py {cfg.run_folder} --prompt TEXT"
     if reason == "budget spent":
-        return f"The budget of {cfg.train.total_step_budget:,} steps is spent. Try the model: python launch/generate.py {cfg.run_folder} --prompt TEXT"
-    if at.ledger.open_phase is None or reason not in ("phase finished", "budget spent"):
-        return "Run the same command again to go on."
-    return reason
+        return f"The budget of {cfg.train.total_step_budget:,} steps is spent. {try_it}"
+    return "Run the same command again to go on." if _goes_on(reason) else f"The chosen data has been trained on. {try_it}"
+
+
+def _goes_on(reason: str) -> bool:
+    return reason != "phase finished" and not reason.startswith("Nothing new")

@@ -1,0 +1,171 @@
+"""How fast is our training step against a minimal nanoGPT-style loop of the same dimensions, dtype and batch?
+
+  python benchmarks/step.py --config configs/toy.yaml
+  python benchmarks/step.py --config configs/gpt-1b.yaml --device cuda --out build/step.json train.batch_size=16
+
+All contenders live in one process and take turns, a few steps each, round after round, so that a busy machine slows all of them. The
+ratio is the median over rounds of ours by theirs in the same round. Data are random ids, the same for all; reading shards is left out.
+"""
+
+import argparse
+import json
+import math
+import os
+import platform
+import statistics
+import time
+from collections.abc import Callable
+from pathlib import Path
+
+import torch
+from nanogpt_loop import Loop
+
+from llm import cli
+from llm.config import RunConfig, batch_plan, check_config, load_config
+from llm.data.stream import Batch
+from llm.dist import World
+from llm.engine import build_engine
+from llm.log import log
+from llm.model.flops import count_params, flops_per_token, peak_flops
+from llm.model.init import build_model
+
+TOKENIZER_VOCAB = 4100  # the quick start's, where the config leaves it to the tokenizer
+MALLOC = ("LD_PRELOAD", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "OMP_NUM_THREADS")
+
+
+def main() -> None:
+    args = arguments()
+    cfg = load_config(args.config, args.overrides, preset=args.model)
+    cfg = changed(cfg, model={"vocab_size": cfg.model.with_vocab(TOKENIZER_VOCAB).vocab_size}, engine={"zero_stage": 0})
+    torch.set_flush_denormal(True)
+    contenders = build_contenders(cfg, args.device, args.only)
+    plan = batch_plan(cfg, 1)
+    size = f"{count_params(cfg.model):,} parameters"
+    log.info(f"{cfg.model.model_name}: {size}, {cfg.engine.precision}, {plan}, {torch.get_num_threads()} threads")
+    first_losses = {name: warm_up(step, cfg, args.warm_up) for name, step in contenders.items()}
+    rounds = [take_turns(contenders, cfg, args.steps, r, args.device) for r in range(args.rounds)]
+    report = {
+        "model": cfg.model.model_dump(), "precision": cfg.engine.precision, "tokens_per_step": plan.tokens, "micro_rows": plan.micro_rows,
+        "first_losses": first_losses, "rounds_tokens_per_second": rounds, "summary": summarise(rounds, cfg, args.device),
+        "machine": machine(args.device),
+    }  # fmt: skip
+    print_table(report)
+    if args.out:
+        args.out.parent.mkdir(parents=True, exist_ok=True)
+        args.out.write_text(json.dumps(report, indent=1) + "\n")
+
+
+def arguments() -> argparse.Namespace:
+    parser = cli.parser(__doc__)
+    parser.add_config()
+    parser.add_argument("--device", default="cpu", help="cpu or cuda (%(default)s)")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each contender (%(default)s)")
+    parser.add_argument("--steps", type=int, default=5, help="optimizer steps in a turn (%(default)s)")
+    parser.add_argument("--warm-up", type=int, default=3, help="steps of each before the first turn (%(default)s)")
+    parser.add_argument("--only", choices=("eager", "compiled"), help="leave the other pair out")
+    parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON")
+    return parser.parse_args()
+
+
+def changed(cfg: RunConfig, **sections: dict) -> RunConfig:
+    tree = cfg.model_dump()
+    for name, fields in sections.items():
+        tree[name] |= fields
+    return check_config(tree, "benchmark")
+
+
+def build_contenders(cfg: RunConfig, device: str, only: str | None) -> dict[str, Callable]:
+    """Name -> a function that makes one optimizer step on a list of (tokens, targets) and returns its loss."""
+    contenders = {}
+    for mode in [only] if only else ["eager", "compiled"]:
+        torch.manual_seed(cfg.train.seed)
+        loop = Loop(cfg, device, compiled=mode == "compiled")
+        assert sum(p.numel() for p in loop.model.parameters()) == count_params(cfg.model)
+        contenders[f"nanogpt {mode}"] = loop.step
+        contenders[f"tally {mode}"] = tally_step(changed(cfg, engine={"compile": mode == "compiled"}), device)
+    return contenders
+
+
+def tally_step(cfg: RunConfig, device: str) -> Callable:
+    engine = build_engine(cfg, World(device=device), build_model(cfg.model, cfg.train.seed))
+
+    def step(batches) -> float:
+        micro_batches = [Batch(x, y, None, None) for x, y in batches]
+        update = engine.train_step(micro_batches, sum(y.numel() for _, y in batches), cfg.train.lr, math.isfinite)
+        assert update.applied
+        return update.loss
+
+    return step
+
+
+def draw(cfg: RunConfig, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """The micro-batches of one step: random ids and the ids after them."""
+    plan, generator = batch_plan(cfg, 1), torch.Generator().manual_seed(seed)
+    shape = (plan.accumulation, plan.micro_rows, plan.seq_len + 1)
+    ids = torch.randint(0, cfg.model.vocab_size, shape, generator=generator)
+    return [(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) for rows in ids]
+
+
+def warm_up(step: Callable, cfg: RunConfig, n: int) -> float:
+    """Steps that compile and fill allocators; returns the loss of the first, which must be near ln V for all."""
+    return float([step(draw(cfg, seed)) for seed in range(n)][0])
+
+
+def take_turns(contenders: dict[str, Callable], cfg: RunConfig, n: int, turn: int, device: str) -> dict[str, float]:
+    """Tokens per second of each; the order turns with the rounds."""
+    names = list(contenders)
+    names = names[turn % len(names) :] + names[: turn % len(names)]
+    batches = [draw(cfg, 1000 * turn + i) for i in range(n)]
+    speeds = {}
+    for name in names:
+        synchronize(device)
+        started_at = time.perf_counter()
+        for batch in batches:
+            contenders[name](batch)
+        synchronize(device)
+        speeds[name] = n * batch_plan(cfg, 1).tokens / (time.perf_counter() - started_at)
+    return speeds
+
+
+def synchronize(device: str) -> None:
+    if device.startswith("cuda"):
+        torch.cuda.synchronize()
+
+
+def summarise(rounds: list[dict[str, float]], cfg: RunConfig, device: str) -> dict[str, dict]:
+    peak = peak_flops(torch.cuda.get_device_name(device)) if device.startswith("cuda") else None
+    summary = {}
+    for name in sorted(rounds[0]):
+        owner, mode = name.split()
+        speeds = [r[name] for r in rounds]
+        ratios = [r[name] / r[f"nanogpt {mode}"] for r in rounds]
+        median = statistics.median(speeds)
+        summary[name] = {
+            "tokens_per_second": median, "slowest": min(speeds), "fastest": max(speeds),
+            "ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios),
+            "mfu": median * flops_per_token(cfg.model) / peak if peak else None,
+        }  # fmt: skip
+    return summary
+
+
+def machine(device: str) -> dict:
+    cpuinfo = Path("/proc/cpuinfo")
+    models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+    return {
+        "cpu": models[0] if models else platform.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
+        "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
+        "torch": torch.__version__, "python": platform.python_version(), "system": platform.platform(),
+        "environment": {key: os.environ[key] for key in MALLOC if key in os.environ},
+    }  # fmt: skip
+
+
+def print_table(report: dict) -> None:
+    print(f"{'':18} {'tok/s':>10} {'slowest':>10} {'fastest':>10}   ratio to nanogpt of the same mode")
+    for name, s in report["summary"].items():
+        speeds = " ".join(f"{s[key]:10,.0f}" for key in ("tokens_per_second", "slowest", "fastest"))
+        mfu = f"   MFU {s['mfu']:.1%}" if s["mfu"] else ""
+        print(f"{name:18} {speeds}   {s['ratio']:.3f} ({s['ratio_low']:.3f} to {s['ratio_high']:.3f}){mfu}")
+
+
+if __name__ == "__main__":
+    cli.run(main)
