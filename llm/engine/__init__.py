@@ -5,14 +5,14 @@ from torch import nn
 from llm.config import RunConfig
 from llm.dist import World
 from llm.engine.protocol import Engine, EngineError, Update
-from llm.engine.wrap import wrap_blocks
+from llm.engine.wrap import wrap_model
 
 __all__ = ["Engine", "EngineError", "Update", "build_engine"]
 
 
 def build_engine(cfg: RunConfig, world: World, model: nn.Module) -> Engine:
     """The engine that `cfg.engine` asks for, holding `model` and its AdamW. Collective: every rank brings equal weights."""
-    wrap_blocks(model, cfg.engine)
+    wrap_model(model, cfg.engine, world.size)
     if cfg.engine.zero_stage == 0:
         from llm.engine.torch_engine import TorchEngine
 
