@@ -9,7 +9,6 @@ TORCH ?= torch>=2.10,<2.14
 STEPS ?= 220
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
-export OMP_NUM_THREADS ?= 1
 
 .PHONY: quickstart install test check clean
 
@@ -25,14 +24,14 @@ quickstart: install
 	python tools/download.py --dataset pystdlib --out data/raw/pystdlib.jsonl --max-bytes 24M
 	python tools/train_tokenizer.py data/raw/pystdlib.jsonl --vocab-size 4096 --out data/tokenizers/pystdlib-4k
 	python tools/tokenize_parallel.py data/raw/pystdlib.jsonl --tokenizer data/tokenizers/pystdlib-4k --seq-len 256 --val-ratio 0.02 --workers 2 --out data/pystdlib
-	torchrun --nproc-per-node $(RANKS) launch/train.py --config configs/toy.yaml --steps-today $(STEPS)
+	OMP_NUM_THREADS=1 torchrun --nproc-per-node $(RANKS) launch/train.py --config configs/toy.yaml --steps-today $(STEPS)
 	torchrun --nproc-per-node 1 launch/train.py --config configs/toy.yaml engine.zero_stage=2
 	python tools/ledger.py show checkpoints/toy
 	python tools/report.py checkpoints/toy
-	python launch/generate.py checkpoints/toy --prompt "def " --max-tokens 120 --seed 1
+	python launch/generate.py checkpoints/toy --prompt "    def __init__(self" --max-tokens 150 --temp 0.7 --seed 1
 	@echo
 	@echo "The loss curve is checkpoints/toy/logs/loss.png. Next, with 'source $(VENV)/bin/activate':"
-	@echo "  python launch/train.py --config configs/toy.yaml train.total_step_budget=1000 --minutes-today 10    train on, the rest of the text"
+	@echo "  python launch/train.py --config configs/toy.yaml train.total_step_budget=1600 --minutes-today 10    train on, the rest of the text"
 	@echo "  python tools/tokenize_parallel.py YOUR.txt --tokenizer data/tokenizers/pystdlib-4k --seq-len 256 --out data/pystdlib"
 	@echo "  python launch/train.py --config configs/toy.yaml train.total_step_budget=0 --only-new               train on your text too"
 	@echo "  tensorboard --logdir checkpoints/toy/logs/tensorboard"
