@@ -6,6 +6,7 @@ import sys
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
+from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TextIO
 
@@ -38,7 +39,9 @@ class _Terminal(logging.Handler):
 
 
 _handler = _Terminal()
+_early = MemoryHandler(1000, flushLevel=logging.CRITICAL + 1)  # what is said before the log file is known
 log.addHandler(_handler)
+log.addHandler(_early)
 log.setLevel(logging.INFO)
 log.propagate = False
 
@@ -72,6 +75,9 @@ def route_output(path: Path) -> None:
     logging.captureWarnings(True)
     copy = logging.StreamHandler(sys.stderr)
     copy.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(message)s"))
+    _early.setTarget(copy)
+    _early.close()
+    log.removeHandler(_early)
     log.addHandler(copy)
     logging.getLogger("py.warnings").addHandler(copy)
     sys.excepthook = _report_crash
