@@ -130,14 +130,16 @@ class LiveLine:
         self.alive = not _handler.rank and terminal().isatty()
         if self.alive:
             from rich.live import Live
+            from rich.text import Text
 
+            self._text = Text  # plain: rich would colour parts of numbers
             self._console = _live_console()
             self._live = Live(console=self._console.__enter__(), refresh_per_second=4, transient=True)
             self._live.start()
 
     def show(self, text: str) -> None:
         if self.alive:
-            self._live.update(text)
+            self._live.update(self._text(text))
 
     def close(self) -> None:
         if self.alive:

@@ -68,7 +68,10 @@ def _tell(report, out: Path, val_ratio: float) -> None:
             log.info(f"{role}: {docs:,} documents, {n_bytes:,} bytes, {n_tokens:,} tokens, "
                      f"{n_bytes / n_tokens:.2f} bytes per token, shards: {len(metas)}")  # fmt: skip
         elif role == "val" and val_ratio:
-            log.warning(f"no document fell into the validation split of {val_ratio:g}: give more documents, or divide files by --separator")
+            log.warning(
+                f"no document fell into the validation split of {val_ratio:g}, so there will be no validation loss. Give more documents, or "
+                f"make several of one file: --separator '\\n\\n' divides it at blank lines (into another --out)."
+            )
     log.info(f"encoded {report.encoded_bytes:,} bytes in {report.seconds:.1f} s: {report.encoded_bytes / report.seconds / 1e6:.1f} MB/s")
     log.info(f"{out}: ready to train on (data.data_path={out})")
 
