@@ -16,6 +16,8 @@ from llm.checkpoint.slices import Slice, coverage_gaps, state_hash, write_slices
 from llm.dist import World
 from llm.log import UserError, log
 
+SMALL_FILES_BYTES = 4 << 20  # for a rank's headers and random states, the tokenizer, the manifest
+
 
 class SaveFailed(Exception):
     """This save did not happen, on any rank; the older checkpoints are untouched."""
@@ -28,6 +30,7 @@ def save(world: World, run: Path, manifest: Manifest, slices: list[Slice], add_f
     """
     final = run / folder.step_name(manifest.step, manifest.attempt)
     temporary = run / f".tmp-{final.name}-{world.broadcast(uuid.uuid4().hex[:8])}"
+    _check_space(world, run, temporary, slices)
     _agreed(world, temporary, lambda: temporary.mkdir(parents=True) if world.rank == 0 else None)
     records = _agreed(world, temporary, lambda: _write_rank(world, temporary, slices, add_files))
     files = [record for of_rank in records for record in of_rank]
@@ -46,13 +49,29 @@ def save(world: World, run: Path, manifest: Manifest, slices: list[Slice], add_f
     return final
 
 
+def _check_space(world: World, run: Path, temporary: Path, slices: list[Slice]) -> None:
+    """Raise SaveFailed on every rank when the disk, as any rank sees it, has no room for all ranks' files."""
+
+    def measure() -> tuple[int, int]:
+        return SMALL_FILES_BYTES + sum(4 * s.values.numel() for s in slices), shutil.disk_usage(run).free
+
+    measured = _agreed(world, temporary, measure)
+    needed, free = sum(bytes_ for bytes_, _ in measured), min(free for _, free in measured)
+    if free < needed:
+        room = f"the disk has {free / 1e6:,.1f} MB ({free:,} bytes) free"
+        raise SaveFailed(f"{run}: a checkpoint needs {needed / 1e6:,.1f} MB ({needed:,} bytes), {room}")
+
+
 def _agreed(world: World, temporary: Path, work: Callable) -> list:
     """Every rank's result of `work`; if it failed on any rank, clean up and raise SaveFailed on all."""
     result, failure = None, None
     try:
         result = work()
-    except (OSError, MemoryError, UserError, AssertionError, RuntimeError, ValueError) as error:
-        failure = f"rank {world.rank}: {error or type(error).__name__}"
+    except (KeyboardInterrupt, SystemExit):
+        raise
+    except BaseException as error:  # some libraries' errors are no Exception, and a rank that left alone would hang the others
+        name = "" if isinstance(error, (OSError, UserError)) else type(error).__name__
+        failure = f"rank {world.rank}: {': '.join(filter(None, (name, str(error))))}"
     votes = world.gather([failure, result])
     failures = [vote[0] for vote in votes if vote[0] is not None]
     if failures:

@@ -136,6 +136,8 @@ def train_phase(
             f"{refused} updates in a row were not finite, the last at step {at.step:,}. Nothing was saved since step {saved_step:,}. "
             f"Lower train.lr (with --accept-change train.lr) or look at the data of these steps with tools/ledger.py."
         )
+    if at.step > saved_step:
+        raise TrainingFailed(f"Steps {saved_step + 1:,} to {at.step:,} are in no checkpoint. Make room, then run again: they are taken anew.")
     if at.ledger.open_phase is None:
         return "phase finished"
     if at.step == over.end:

@@ -12,6 +12,7 @@ from torch import nn
 from llm.checkpoint import folder
 from llm.checkpoint.resume import Checkpoint, newest, open_checkpoint
 from llm.checkpoint.rng import set_rng_state
+from llm.checkpoint.saver import SaveFailed
 from llm.checkpoint.slices import CheckpointError, state_hash
 from llm.config import BatchPlan, ConfigError, RunConfig, batch_plan
 from llm.data.ledger import Ledger
@@ -247,7 +248,10 @@ def _validator(
 def _save_after_error(world: World, engine: Engine, keeper: Keeper, at: Progress) -> None:
     """Save what was trained before an exception, where that is safe: alone (no rank waits elsewhere) and between two updates."""
     if world.size == 1 and engine.state()["optimizer_step"] == at.updates and at.updates:
-        keeper.save(at)
+        try:
+            keeper.save(at)
+        except SaveFailed as failure:  # told, but the exception that brought us here is what the person must see
+            log.error(f"The checkpoint of step {at.step:,} could not be saved either: {failure}.")
 
 
 def _introduce(cfg: RunConfig, plan: BatchPlan, world: World, checkpoint: Checkpoint | None, at: Progress, ledger: Ledger) -> None:

@@ -1,6 +1,7 @@
 import json
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
@@ -14,7 +15,7 @@ from ranks import run_ranks
 from llm.checkpoint import folder
 from llm.checkpoint.manifest import NAME, Manifest, Parameter, read_manifest
 from llm.checkpoint.resume import newest, open_checkpoint
-from llm.checkpoint.saver import SaveFailed, apply_retention, save
+from llm.checkpoint.saver import SMALL_FILES_BYTES, SaveFailed, apply_retention, save
 from llm.checkpoint.slices import KINDS, CheckpointError, Slice
 from llm.dist import World
 
@@ -95,6 +96,52 @@ def test_one_rank_that_cannot_write_aborts_the_save_on_all_and_the_older_checkpo
     assert first == second and "rank 1" in first and "No space left" in first
     assert names(run) == {"step-000000001-a1", "RUN.json"}
     assert newest(World(), run).manifest.step == 1
+
+
+def save_with_little_room_on_one_rank(world: World, run: str) -> str:
+    save_step(world, Path(run), 1)
+    if world.rank == 1:
+        real = shutil.disk_usage
+        shutil.disk_usage = lambda path: real(path)._replace(free=5_000_000)
+    try:
+        save_step(world, Path(run), 2)
+    except SaveFailed as error:
+        return str(error)
+    return "saved"
+
+
+def test_a_disk_without_room_is_told_before_anything_is_written(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    first, second = run_ranks(save_with_little_room_on_one_rank, 2, tmp_path, str(run))
+    assert first == second and "5,000,000 bytes) free" in first and f"({2 * SMALL_FILES_BYTES + 3 * 4 * NUMEL:,} bytes)" in first
+    assert names(run) == {"step-000000001-a1", "RUN.json"}
+
+
+class NoOrdinaryError(BaseException):
+    """What torch.distributed.checkpoint's CheckpointException is: not an Exception."""
+
+
+def save_where_one_rank_raises(world: World, run: str, error: str) -> str:
+    kinds = {"base": NoOrdinaryError("from a library"), "memory": MemoryError(), "key": KeyError("lost")}
+
+    def broken(checkpoint: Path) -> None:
+        raise kinds[error]
+
+    try:
+        save(world, Path(run), manifest_of(2, world), state_of(2, world), broken)
+    except SaveFailed as failure:
+        return str(failure)
+    return "saved"
+
+
+@pytest.mark.parametrize(("error", "told"), {"base": "NoOrdinaryError: from a library", "memory": "MemoryError", "key": "KeyError"}.items())
+def test_whatever_a_library_raises_on_one_rank_is_a_failed_save_on_all(tmp_path, error, told):
+    run = tmp_path / "run"
+    run.mkdir()
+    first, second = run_ranks(save_where_one_rank_raises, 2, tmp_path, str(run), error)
+    assert first == second and f"rank 0: {told}" in first
+    assert names(run) == set()
 
 
 KILLED_AT = {

@@ -14,6 +14,7 @@ from ranks import run_ranks
 
 from llm.checkpoint import folder
 from llm.checkpoint.manifest import read_manifest
+from llm.checkpoint.resume import newest
 from llm.checkpoint.slices import CheckpointError
 from llm.config import load_config
 from llm.data.ledger import Ledger
@@ -157,16 +158,59 @@ def test_several_epochs_see_everything_that_often_and_reset_epoch_once_more(tmp_
 def test_a_damaged_newest_checkpoint_is_named_and_the_run_goes_on_from_the_one_before(tmp_path):
     config = make_run(tmp_path, save_every=4)
     whole = sit_alone(tmp_path, config)
-    newest = folder.entries(load_config(config).run_folder)[-1].path
-    shard = next(newest.glob("shard-*"))
+    last = folder.entries(load_config(config).run_folder)[-1].path
+    shard = next(last.glob("shard-*"))
     content = bytearray(shard.read_bytes())
     content[len(content) // 2] ^= 1
     shard.write_bytes(content)
     again = sit_alone(tmp_path, config)
     assert again["state"] == whole["state"]  # steps 8 to 10 were taken again
     run = load_config(config).run_folder
-    assert [p.name for p in (run / "quarantine").iterdir()] == [newest.name]
+    assert [p.name for p in (run / "quarantine").iterdir()] == [last.name]
     assert str(shard) in (run / "logs" / "rank-0.log").read_text()
+
+
+def fill_rank_1s_disk(world: World, config: str, full_from: int, full_for: int) -> str:
+    """Rank 1 can write no file above 100 kB while it takes some of its steps."""
+    import resource
+
+    from llm.train import loop
+
+    original, calls = loop.step_digest, iter(range(1, 100))
+
+    def limited(batches):
+        full = world.rank == 1 and full_from <= next(calls) < full_from + full_for
+        resource.setrlimit(resource.RLIMIT_FSIZE, (100_000 if full else resource.RLIM_INFINITY, resource.RLIM_INFINITY))
+        return original(batches)
+
+    loop.step_digest = limited
+    return message_of(world, config, ["save_every=2", "eval_every=0"])
+
+
+def test_a_full_disk_on_one_rank_costs_that_checkpoint_alone(tmp_path):
+    config = make_run(tmp_path)
+    assert run_ranks(fill_rank_1s_disk, 2, tmp_path, str(config), 4, 2) == ["went on"] * 2
+    run = load_config(config).run_folder
+    assert [e.step for e in folder.entries(run)] == [2, 6, 8, 10]
+    assert not list(run.glob(".tmp-*"))
+    log = (run / "logs" / "rank-0.log").read_text()
+    assert "checkpoint of step 4 could not be saved: rank 1: [Errno 27] File too large" in log
+    assert newest(World(), run).manifest.step == 10
+
+
+def test_three_failed_saves_in_a_row_end_the_run_on_all_ranks(tmp_path):
+    config = make_run(tmp_path)
+    messages = run_ranks(fill_rank_1s_disk, 2, tmp_path, str(config), 4, 99)
+    assert all(m.startswith("TrainingFailed") and "3 checkpoints in a row" in m and "rank 1" in m for m in messages)
+    run = load_config(config).run_folder
+    assert [e.step for e in folder.entries(run)] == [2] and not list(run.glob(".tmp-*"))
+    assert newest(World(), run).manifest.step == 2
+
+
+def test_a_sitting_whose_last_save_failed_does_not_end_well(tmp_path):
+    config = make_run(tmp_path)
+    messages = run_ranks(fill_rank_1s_disk, 2, tmp_path, str(config), 9, 99)
+    assert all(m.startswith("TrainingFailed") and "9 to 10" in m for m in messages)
 
 
 # ------------------------------------------------------------------ 6 rank-consistent
