@@ -1,34 +1,294 @@
 """What a run has been trained on, read from the ledger in its newest sound checkpoint; the model is not loaded.
 
   python tools/ledger.py show checkpoints/toy
+  python tools/ledger.py verify checkpoints/toy            recount every sample, and find every shard again
+  python tools/ledger.py diff checkpoints/toy checkpoints/other
+  python tools/ledger.py seen checkpoints/toy my-text.txt  never, partly or fully; renamed and copied files are recognised
 """
 
+from pathlib import Path
+
 from llm import cli
+from llm.log import UserError, log
+
+
+class NotVerified(UserError):
+    """The ledger's claims and the recount, or the data, do not agree."""
 
 
 def main() -> None:
     parser = cli.parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="show")
-    show = commands.add_parser("show", help="phases, files, percentages and steps")
-    show.add_argument("run", help="a run's folder, or one of its checkpoints")
-    show.add_argument("--step", type=int, help="the checkpoint of this step instead of the newest")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="show|verify|diff|seen")
+    add = {name: commands.add_parser(name, help=text) for name, text in HELP.items()}
+    for name in ("show", "verify", "seen"):
+        add[name].add_argument("run", help="a run's folder, or one of its checkpoints")
+        add[name].add_argument("--step", type=int, help="the checkpoint of this step instead of the newest")
+    for name in ("verify", "seen"):
+        add[name].add_argument("--data", nargs="+", metavar="PATH", help="where its shards lie now, if not where the run's config says")
+    add["verify"].add_argument("--quick", action="store_true", help="do not read the shards' tokens; their sizes and records only")
+    add["diff"].add_argument("run", metavar="run_a")
+    add["diff"].add_argument("other", metavar="run_b")
+    add["seen"].add_argument("file", type=Path, help="a raw .txt or .jsonl, or a shard's .bin or .meta.json")
+    add["seen"].add_argument("--separator", metavar="S", help="as given to tokenize_parallel.py: divides .txt files into documents")
+    add["seen"].add_argument("--text-field", default="text", metavar="NAME", help="as given to tokenize_parallel.py (default: %(default)s)")
     args = parser.parse_args()
-    _show(args.run, args.step)
+    COMMANDS[args.command](args)
 
 
-def _show(run: str, step: int | None) -> None:
+HELP = {
+    "show": "phases, files, percentages and steps",
+    "verify": "recompute the plan, count every sample, and look for the shards; exit code 2 if anything does not agree",
+    "diff": "which text one run has been trained on and the other has not, by content",
+    "seen": "whether a raw file or a shard has been trained on, by content",
+}
+
+
+def _open(run: str, step: int | None = None):
+    """The checkpoint, its ledger and a line that says which one it is."""
     from llm.checkpoint.resume import open_checkpoint
-    from llm.data.ledger import Ledger, seen_view
+    from llm.data.ledger import Ledger
 
     checkpoint = open_checkpoint(run, step)
     manifest = checkpoint.manifest
-    print(f"{checkpoint.folder}: step {manifest.step:,}, {manifest.tokens_seen:,} tokens trained on, data digest {manifest.chain[:16]}")
-    for phase in seen_view(Ledger.from_json(manifest.ledger))["phases"]:
+    line = f"{checkpoint.folder}: step {manifest.step:,}, {manifest.tokens_seen:,} tokens trained on, data digest {manifest.chain[:16]}"
+    return manifest, Ledger.from_json(manifest.ledger), line
+
+
+def _show(args) -> None:
+    from llm.data.ledger import seen_view
+
+    _, ledger, line = _open(args.run, args.step)
+    print(line)
+    for phase in seen_view(ledger)["phases"]:
         steps = f"steps {phase['first_step']:,} to {phase['last_step']:,}" if phase["first_step"] else "not begun"
         print(f"\nphase {phase['phase']} ({phase['dataset']}), {phase['state']}: {phase['percent_done']:.2f} % of {phase['epochs']} epochs, {steps}")
         for file in phase["files"]:
             print(f"  {file['percent_seen']:6.2f} %  {file['tokens']:>14,} tokens  {file['file']}")
 
+
+# ---------------------------------------------------------------- verify
+
+
+def _verify(args) -> None:
+    from llm.data.audit import audit_phase, step_problems
+    from llm.log import progress
+
+    manifest, ledger, line = _open(args.run, args.step)
+    print(line)
+    data = _Data(manifest.config, args.data)
+    problems = [*step_problems(ledger, manifest.step), *data.problems(ledger, args.quick)]
+    with progress(sum(phase.consumed for phase in ledger.phases), "recounting", "draws") as bar:
+        audits = [audit_phase(phase, data.shards, bar.advance) for phase in ledger.phases]
+    for audit in audits:
+        _tell_audit(audit, manifest.global_rows)
+        problems += [f"phase {audit.phase.name}: {problem}" for problem in audit.problems]
+    problems += _token_problems(manifest.tokens_seen, sum(audit.targets for audit in audits), data.is_whole(ledger))
+    if problems:
+        told = "\n".join(f"  - {problem}" for problem in problems)
+        raise NotVerified(f"{args.run}: this does not agree:\n{told}\nLook at the data first, then at older checkpoints: --step N.")
+    print("everything agrees")
+
+
+def _tell_audit(audit, global_rows: int) -> None:
+    phase, (whole, once_more) = audit.phase, audit.draws_each
+    counts = f"each of {phase.samples:,} samples drawn {whole} times" + (f", {once_more:,} of them once more" if once_more else "")
+    steps = phase.last_step - phase.first_step + 1 if phase.first_step else 0
+    skipped = sum(s.stop - s.start for s in phase.skipped)
+    print(f"phase {phase.name}: {phase.consumed:,} of {phase.total:,} draws walked: {counts}; {skipped:,} skipped; "
+          f"{audit.targets:,} tokens; {steps:,} steps")  # fmt: skip
+    if steps != -(-phase.consumed // global_rows):  # only today's batch is known, so this proves nothing wrong
+        print(f"  note: {steps:,} steps of {global_rows} samples would be another number of draws: the global batch has changed on the way")
+
+
+def _token_problems(trained: int, recounted: int, masks_known: bool) -> list[str]:
+    if trained == recounted:
+        return []
+    if trained < recounted and not masks_known:
+        print("note: fewer tokens were trained on than the samples have; whether loss masks explain that, only the missing shards can tell")
+        return []
+    return [f"{trained:,} tokens were trained on, the applied samples have {recounted:,}"]
+
+
+class _Data:
+    """The shards that can be found, by content, in the folders that the run's config or --data names."""
+
+    def __init__(self, config: dict, paths: list[str] | None):
+        self.paths = paths or _configured(config)
+        self.shards, self.sources, self.damage = {}, [], []
+        self.is_reachable = False
+        for path in self.paths:
+            self._add(Path(path))
+
+    def _add(self, path: Path) -> None:
+        from llm.data.manifest import FILE_NAME, load_manifest
+        from llm.data.shard_meta import META_SUFFIX
+        from llm.data.shards import Shard
+
+        metas = [path.with_name(path.name.removesuffix(".bin").removesuffix(META_SUFFIX) + META_SUFFIX)]
+        if path.is_dir():
+            metas = sorted(path.glob(f"*{META_SUFFIX}"))
+            self.sources += load_manifest(path).sources if (path / FILE_NAME).exists() else []
+        self.is_reachable |= path.exists()
+        for meta in metas:
+            try:
+                shard = Shard.open(meta)
+                self.shards.setdefault(shard.meta.shard_id, shard)
+            except UserError as error:
+                self.damage.append(str(error))
+
+    def problems(self, ledger, quick: bool) -> list[str]:
+        """What is wrong with the shards that the ledger lists; also prints how many there are."""
+        if not self.is_reachable:
+            print(f"shards: none of {', '.join(self.paths)} is there, so they were not looked for; --data PATH says where they are now")
+            return []
+        listed = {shard.shard_id: shard for phase in ledger.phases for shard in phase.shards}
+        missing = [shard for shard_id, shard in listed.items() if shard_id not in self.shards]
+        there = [self.shards[shard_id] for shard_id in listed if shard_id in self.shards]
+        problems = [f"shard {s.name} ({s.shard_id[:16]}) of {s.n_tokens:,} tokens is not in {', '.join(self.paths)}" for s in missing]
+        problems += self.damage if missing else []
+        problems += [] if quick else _unreadable(there)
+        for shard in there:
+            told, meta = listed[shard.meta.shard_id], shard.meta
+            if (told.n_tokens, sorted(told.unit_ids)) != (meta.n_tokens, sorted(meta.unit_ids)):
+                problems.append(f"{meta.path}: has {meta.n_tokens:,} tokens and {len(meta.unit_ids):,} units, "
+                                f"the ledger says {told.n_tokens:,} and {len(told.unit_ids):,}")  # fmt: skip
+        print(f"shards: {len(there):,} of {len(listed):,} found by content, {'not read (--quick)' if quick else 'every byte read'}")
+        return problems
+
+    def is_whole(self, ledger) -> bool:
+        return ledger.shards_held() <= self.shards.keys()
+
+
+def _configured(config: dict) -> list[str]:
+    """Where the config has its data; a .jsonl of ids has become a shard beside it, or in the run's folder."""
+    paths, checkpoint = config["data"]["data_path"], config["checkpoint"]
+    found = [paths] if isinstance(paths, str) else list(paths.values()) if isinstance(paths, dict) else paths
+    run = Path(checkpoint["checkpoint_dir"]) / checkpoint["run_name"]
+    imported = [str(folder / f"{Path(p).stem}.imported") for p in found if p.endswith(".jsonl") for folder in (Path(p).parent, run)]
+    return [p for p in found if not p.endswith(".jsonl")] + [p for p in imported if Path(p).is_dir()]
+
+
+def _unreadable(shards: list) -> list[str]:
+    from llm.data.shards import verify_shard
+    from llm.log import progress
+
+    problems = []
+    with progress(sum(shard.meta.files["bin"]["bytes"] for shard in shards), "reading shards", "bytes") as bar:
+        for shard in shards:
+            try:
+                verify_shard(shard, bar)
+            except (UserError, OSError) as error:
+                problems.append(str(error))
+    return problems
+
+
+# ---------------------------------------------------------------- diff
+
+
+def _diff(args) -> None:
+    (_, a, line_a), (_, b, line_b) = _open(args.run), _open(args.other)
+    print(f"A {line_a}\nB {line_b}")
+    from llm.data.audit import seen_by_unit
+
+    units_a, units_b = seen_by_unit(a), seen_by_unit(b)
+    both = [unit for unit in units_a if units_a[unit] and units_b.get(unit)]
+    print(f"\nseen by both: {len(both):,} units of text, {sum(units_a[u] != units_b[u] for u in both):,} of them not as far by one as by the other")
+    _tell_more("A", a, units_a, units_b)
+    _tell_more("B", b, units_b, units_a)
+
+
+def _tell_more(name: str, ledger, mine: dict[str, float], theirs: dict[str, float]) -> None:
+    """The shards with text that this run has seen more of than the other."""
+    more = {unit for unit, fraction in mine.items() if fraction > theirs.get(unit, 0.0)}
+    alone = sum(not theirs.get(unit) for unit in more)
+    print(f"\nonly {name} has seen: {alone:,} units of text" + (f"; further than the other: {len(more) - alone:,}" if len(more) > alone else ""))
+    for shard in {s.shard_id: s for phase in ledger.phases for s in phase.shards}.values():
+        if here := more.intersection(shard.unit_ids):
+            unit = next(iter(here))
+            print(f"  {_percent(mine[unit]):>8}, the other {_percent(theirs.get(unit, 0.0)):>8}  "
+                  f"{len(here):,} of {len(set(shard.unit_ids)):,} units  {shard.n_tokens:>14,} tokens  {shard.name}")  # fmt: skip
+
+
+# ---------------------------------------------------------------- seen
+
+
+def _seen(args) -> None:
+    from llm.data.audit import seen_by_unit
+
+    manifest, ledger, line = _open(args.run, args.step)
+    print(line)
+    by_unit = seen_by_unit(ledger)
+    is_shard = args.file.name.endswith((".bin", ".meta.json"))
+    data = _Data(manifest.config, args.data)
+    weights = _units_of_shard(args.file) if is_shard else _units_of_text(args, data.sources, set(by_unit))
+    held_out = sum(u.get("docs", 0) for s in data.shards.values() if s.meta.role == "val" for u in s.meta.units if u["unit_id"] in weights)
+    share = sum(weights[unit] * by_unit.get(unit, 0.0) for unit in weights) / max(1, sum(weights.values()))
+    whole = all(by_unit.get(unit) == 1.0 for unit in weights)
+    answer = "fully" if whole else f"partly ({_percent(share)})" if any(by_unit.get(unit) for unit in weights) else "never"
+    print(f"{args.file}: {answer}")
+    held = [unit for unit in weights if unit in by_unit]
+    print(f"  {len(held):,} of its {len(weights):,} units of text are in the run's data" + ("" if held or is_shard else _hint(args.separator)))
+    for phase in ledger.phases:
+        _tell_phase(phase, set(weights))
+    if held_out and not is_shard:
+        print(f"  {held_out:,} of its documents are held out for validation and never trained on")
+
+
+def _hint(separator: str | None) -> str:
+    return "" if separator else "; if it was tokenized with --separator or --text-field, give the same here"
+
+
+def _tell_phase(phase, units: set[str]) -> None:
+    here = [(index, shard) for index, shard in enumerate(phase.shards) if units.intersection(shard.unit_ids)]
+    if not here:
+        return
+    masks = [phase.seen_samples(index) for index, _ in here]
+    share = sum(int(mask.sum()) for mask in masks) / max(1, sum(mask.size for mask in masks))
+    n_units = len(units.intersection(unit for _, shard in here for unit in shard.unit_ids))
+    steps = f"steps {phase.first_step:,} to {phase.last_step:,}" if phase.first_step else "not begun"
+    print(f"  phase {phase.name} ({phase.dataset}), {steps}: {n_units:,} units, "
+          f"{_percent(share)} of their {len(here):,} shards: {', '.join(shard.name for _, shard in here[:5])}")  # fmt: skip
+
+
+def _units_of_shard(path: Path) -> dict[str, int]:
+    """Its units and their bytes. The shard is read whole: a damaged one proves nothing."""
+    from llm.data.manifest import find_shards
+    from llm.data.shards import verify_shard
+    from llm.log import progress
+
+    found = find_shards([path], "train") if _role(path) == "train" else []
+    if not found:
+        log.warning(f"{path}: a validation shard; those are never trained on")
+        return {f"validation {path}": 1}
+    (shard,) = found
+    with progress(shard.meta.files["bin"]["bytes"], "reading the shard", "bytes") as bar:
+        verify_shard(shard, bar)
+    return {unit["unit_id"]: max(1, unit["bytes"]) for unit in shard.meta.units}
+
+
+def _role(path: Path) -> str:
+    from llm.data.shard_meta import META_SUFFIX, ShardMeta
+
+    return ShardMeta.read(path.with_name(path.name.removesuffix(".bin").removesuffix(META_SUFFIX) + META_SUFFIX)).role
+
+
+def _units_of_text(args, sources: list[dict], known: set[str]) -> dict[str, int]:
+    from llm.corpus.documents import ReadOptions, separator_from
+    from llm.corpus.recognise import units_of_file
+    from llm.log import progress
+
+    options = ReadOptions(separator_from(args.separator), args.text_field)
+    with progress(args.file.stat().st_size if args.file.exists() else 0, "reading the file", "bytes") as bar:
+        units = units_of_file(args.file, sources, known, options, bar.advance)
+    return {unit.unit_id: unit.n_bytes for unit in units}
+
+
+def _percent(fraction: float) -> str:
+    """Rounded down: 100.00 % means all of it."""
+    return f"{int(fraction * 10_000) / 100:.2f} %"
+
+
+COMMANDS = {"show": _show, "verify": _verify, "diff": _diff, "seen": _seen}
 
 if __name__ == "__main__":
     cli.run(main)

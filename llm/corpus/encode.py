@@ -17,6 +17,7 @@ from llm.corpus.plan import Task, Unit
 from llm.data.permutation import Permutation
 from llm.tokenizer import Tokenizer, load_tokenizer
 
+_SOURCE_TAG = b"tally-source/v1"
 BATCH_CHARS = 1 << 20  # by text, not by documents: enough to keep the encoder busy, little enough to hold
 
 
@@ -63,14 +64,14 @@ def encode_unit(unit: Unit, job: Job, tokenizer: Tokenizer) -> EncodedUnit:
     """The unit's documents as tokens, each ended by end-of-text; without tokens if the dataset holds them already."""
     if job.known_units:
         counts = Counts()
-        digests = [_digest(document.text.encode()) for document in _documents(unit, job, counts)]
+        digests = [document_digest(document.text.encode()) for document in _documents(unit, job, counts)]
         if (unit_id := unit_id_of(digests)) in job.known_units:
             return EncodedUnit(unit_id, digests, counts, {}, {})
     counts, digests, encoded, text_bytes = Counts(), [], [], []
     for batch in _batches(_documents(unit, job, counts)):
         for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
             content = text.encode()
-            digests.append(_digest(content))
+            digests.append(document_digest(content))
             text_bytes.append(len(content))
             encoded.append(ids.astype(job.dtype))
     unit_id, n_bytes, tokens = unit_id_of(digests), {}, {}
@@ -89,7 +90,7 @@ def unit_id_of(digests: Iterable[bytes]) -> str:
 
 def source_id_of(digests: Iterable[bytes]) -> str:
     """The identity of a whole source: of all its documents, however it is cut into units. `digests` may come joined."""
-    return _identity(b"tally-source/v1", digests)
+    return _identity(_SOURCE_TAG, digests)
 
 
 def _identity(tag: bytes, digests: Iterable[bytes]) -> str:
@@ -99,7 +100,18 @@ def _identity(tag: bytes, digests: Iterable[bytes]) -> str:
     return hasher.hexdigest()
 
 
-def _digest(content: bytes) -> bytes:
+def prefix_source_ids(digests: list[bytes], lengths: set[int]) -> dict[int, str]:
+    """For each of these numbers of documents, the id of a source that ends after so many of them."""
+    hasher, ids = hashlib.sha256(_SOURCE_TAG), {}
+    for n_docs, digest in enumerate(digests, 1):
+        hasher.update(digest)
+        if n_docs in lengths:
+            ids[n_docs] = hasher.copy().hexdigest()
+    return ids
+
+
+def document_digest(content: bytes) -> bytes:
+    """What stands for a document in the identity of its unit and source."""
     return hashlib.sha256(content).digest()[:DIGEST_BYTES]
 
 

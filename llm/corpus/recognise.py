@@ -1,0 +1,78 @@
+"""Which units of text a file holds, whatever it is called now: cut and hashed again as tokenizing would, without a tokenizer."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from llm.corpus.documents import READERS, Counts, ReadOptions, read_documents, unit_borders
+from llm.corpus.encode import document_digest, prefix_source_ids, unit_id_of
+from llm.corpus.plan import unit_bytes_for
+from llm.log import UserError
+
+
+@dataclass(frozen=True)
+class TextUnit:
+    unit_id: str
+    n_docs: int
+    n_bytes: int
+    """UTF-8 bytes of its documents."""
+
+
+@dataclass(frozen=True)
+class _Documents:
+    digests: list[bytes]
+    starts: np.ndarray
+    """int64: where each document starts in the file."""
+    sizes: np.ndarray
+
+
+def units_of_file(
+    path: Path, sources: list[dict], known: set[str], options: ReadOptions, advance: Callable[[int], None] = lambda _: None
+) -> list[TextUnit]:
+    """The units of a .txt or .jsonl file. `sources`: those of the manifests at hand; `known`: unit ids to be recognised.
+
+    Where a file is cut depends on what it was when it was first tokenized, which its name may no longer tell. So each cut that the
+    sources suggest is tried, and the one that recognises most of the text is the answer. `advance(n)` hears of bytes read.
+    """
+    if path.suffix not in READERS:
+        raise UserError(f"{path}: cannot read files called *{path.suffix}; {' and '.join(READERS)} files can be read.")
+    if not path.is_file():
+        raise UserError(f"{path}: no such file.")
+    documents, size = _read(path, options, advance), path.stat().st_size
+    cuts = [_cut(path, size, documents, *cut, options) for cut in _possible_cuts(path, size, documents, sources)]
+    return max(cuts, key=lambda units: sum(unit.n_bytes for unit in units if unit.unit_id in known))
+
+
+def _read(path: Path, options: ReadOptions, advance: Callable[[int], None]) -> _Documents:
+    digests, starts, sizes, told = [], [], [], 0
+    for document in read_documents(path, path.name, 0, path.stat().st_size, options, Counts()):
+        content = document.text.encode()
+        digests.append(document_digest(content))
+        starts.append(document.index)
+        sizes.append(len(content))
+        advance(document.index - told)
+        told = document.index
+    if not digests:
+        raise UserError(f"{path}: holds no document that is not empty.")
+    return _Documents(digests, np.array(starts, np.int64), np.array(sizes, np.int64))
+
+
+def _possible_cuts(path: Path, size: int, documents: _Documents, sources: list[dict]) -> list[tuple[int, list[int]]]:
+    """(unit size, borders from earlier) pairs: a file of its own; one of this name; one that begins as known sources do."""
+    same_name = [s for s in sources if any(Path(name).name == path.name for name in s["names"])]
+    prefixes = prefix_source_ids(documents.digests, {s["docs"] for s in sources})
+    begins = [s for s in sources if prefixes.get(s["docs"]) == s["source_id"]]
+    cuts = [(unit_bytes_for(size), [])]
+    for earlier in (same_name, begins):
+        ends = sorted({s["bytes"] for s in earlier})
+        cuts += [(unit_bytes, chosen) for unit_bytes in {s["unit_bytes"] for s in earlier} for chosen in ([], ends)]
+    return cuts
+
+
+def _cut(path: Path, size: int, documents: _Documents, unit_bytes: int, ends: list[int], options: ReadOptions) -> list[TextUnit]:
+    borders = unit_borders(path, size, unit_bytes, ends, options)
+    at = [*np.searchsorted(documents.starts, borders).tolist(), len(documents.digests)]
+    units = zip(at, at[1:], strict=False)
+    return [TextUnit(unit_id_of(documents.digests[a:b]), b - a, int(documents.sizes[a:b].sum())) for a, b in units if a < b]

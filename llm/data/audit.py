@@ -1,0 +1,137 @@
+"""The audit of a ledger: what its phases claim, recomputed the long way and held against every shortcut that the program takes."""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import numpy as np
+
+from .ledger import COUNT_DRAWS, Ledger, Phase
+from .shards import Shard
+
+
+@dataclass(frozen=True)
+class PhaseAudit:
+    """What walking through the consumed draws of one phase has found."""
+
+    phase: Phase
+    targets: int
+    """Tokens that the applied steps of this phase predicted, as far as the ledger and the masks of the shards given say."""
+    problems: list[str]
+
+    @property
+    def draws_each(self) -> tuple[int, int]:
+        """How often every sample was drawn at least, and how many were drawn once more."""
+        return divmod(self.phase.consumed, self.phase.samples)
+
+
+def audit_phase(phase: Phase, shards: dict[str, Shard], advance: Callable[[int], None] = lambda _: None) -> PhaseAudit:
+    """Walk through all consumed draws of a phase. `shards`: those at hand, by shard_id; `advance(n)` hears of draws walked."""
+    problems = [*_double_units(phase), *_bad_skips(phase)]
+    targets_of = _Targets(phase, shards)
+    drawn, seen, targets = np.zeros(len(phase.shards), np.int64), np.zeros(phase.samples, bool), 0
+    for first in range(0, phase.consumed, phase.samples):
+        stop = min(first + phase.samples, phase.consumed)
+        visited = np.zeros(phase.samples, bool)
+        for at in range(first, stop, COUNT_DRAWS):
+            samples = phase.samples_at(np.arange(at, min(at + COUNT_DRAWS, stop)))
+            visited[samples] = True
+            drawn += np.bincount(targets_of.shard_index(samples), minlength=len(drawn))
+            targets += int(targets_of(samples).sum())
+            advance(len(samples))
+        if (n_visited := int(visited.sum())) != stop - first:
+            problems.append(f"epoch {first // phase.samples}: {stop - first:,} draws took {n_visited:,} different samples; each must be taken once")
+        seen |= visited
+    problems += _shortcut_problems(phase, drawn, seen)
+    skipped = sum(int(targets_of(phase.samples_at(np.arange(s.start, s.stop))).sum()) for s in phase.skipped)
+    return PhaseAudit(phase, targets - skipped, problems)
+
+
+def _double_units(phase: Phase) -> list[str]:
+    units = [unit_id for shard in phase.shards for unit_id in set(shard.unit_ids)]
+    n_double = len(units) - len(set(units))
+    return [f"{n_double:,} units of text stand in more than one of its shards, and so would be trained on more than once"] if n_double else []
+
+
+def _bad_skips(phase: Phase) -> list[str]:
+    problems, end = [], 0
+    for s in phase.skipped:
+        if not end <= s.start < s.stop <= phase.consumed:
+            problems.append(f"the skipped draws {s.start:,} to {s.stop:,} do not lie, in order, inside the {phase.consumed:,} consumed ones")
+        if not (phase.first_step or 0) <= s.step <= (phase.last_step or 0):
+            problems.append(f"the skipped step {s.step:,} is not one of its steps, {phase.first_step} to {phase.last_step}")
+        end = s.stop
+    return problems
+
+
+def _shortcut_problems(phase: Phase, drawn: np.ndarray, seen: np.ndarray) -> list[str]:
+    """`draw_counts` (which skips whole epochs) and `seen_samples` (which asks the inverse) must say what the walk has found."""
+    problems, counted, start = [], phase.draw_counts(0, phase.consumed), 0
+    for index, (shard, end) in enumerate(zip(phase.shards, phase.shard_ends.tolist(), strict=True)):
+        if counted[index] != drawn[index]:
+            problems.append(f"shard {shard.name}: {counted[index]:,} draws counted, {drawn[index]:,} walked")
+        if not np.array_equal(phase.seen_samples(index), seen[start:end]):
+            problems.append(f"shard {shard.name}: the samples said to be seen are not those that the draws took")
+        start = end
+    return problems
+
+
+class _Targets:
+    """How many tokens the sample of a phase predicts: seq_len, less in the last of a shard, and only what a mask leaves."""
+
+    def __init__(self, phase: Phase, shards: dict[str, Shard]):
+        self.phase = phase
+        self.last = np.array([s.n_tokens - 1 - (s.n_samples - 1) * phase.seq_len for s in phase.shards], np.int64)
+        at_hand = {index: shards.get(s.shard_id) for index, s in enumerate(phase.shards)}
+        self.masked = {index: _masked_targets(shard, phase.seq_len) for index, shard in at_hand.items() if shard and "mask" in shard.meta.files}
+
+    def shard_index(self, samples: np.ndarray) -> np.ndarray:
+        return np.searchsorted(self.phase.shard_ends, samples, side="right")
+
+    def __call__(self, samples: np.ndarray) -> np.ndarray:
+        index = self.shard_index(samples)
+        ends = self.phase.shard_ends[index]
+        targets = np.where(samples == ends - 1, self.last[index], self.phase.seq_len)
+        for masked, counts in self.masked.items():
+            here = index == masked
+            targets[here] = counts[len(counts) - (ends[here] - samples[here])]
+        return targets
+
+
+def _masked_targets(shard: Shard, seq_len: int) -> np.ndarray:
+    """Counted targets of each window of a shard whose mask lets only some tokens carry loss."""
+    counted = shard.loss_mask(1, shard.meta.n_tokens)
+    return np.add.reduceat(counted, np.arange(0, len(counted), seq_len), dtype=np.int64)
+
+
+def step_problems(ledger: Ledger, step: int) -> list[str]:
+    """Where the steps of the phases do not join up into the steps 1 to `step`."""
+    problems, last = [], 0
+    for phase in ledger.phases:
+        if (phase.first_step is None) != (phase.consumed == 0) or (phase.first_step is None) != (phase.last_step is None):
+            problems.append(f"phase {phase.name}: {phase.consumed:,} samples consumed in steps {phase.first_step} to {phase.last_step}")
+        elif phase.first_step is not None:
+            if phase.first_step != last + 1:
+                problems.append(f"phase {phase.name} begins at step {phase.first_step:,}, but the one before ends at {last:,}")
+            if not 0 < phase.last_step - phase.first_step + 1 <= phase.consumed:
+                problems.append(f"phase {phase.name}: steps {phase.first_step:,} to {phase.last_step:,} cannot have taken {phase.consumed:,} samples")
+            last = phase.last_step
+    if last != step:
+        problems.append(f"the phases end at step {last:,}, the checkpoint is of step {step:,}")
+    return problems
+
+
+def seen_by_unit(ledger: Ledger) -> dict[str, float]:
+    """For each unit that a phase holds, the fraction of its shard's samples that were trained on at least once."""
+    masks: dict[tuple[str, int], np.ndarray] = {}
+    units: dict[tuple[str, int], tuple[str, ...]] = {}
+    for phase in ledger.phases:
+        for index, shard in enumerate(phase.shards):
+            key = (shard.shard_id, phase.seq_len)
+            masks[key] = masks.get(key, False) | phase.seen_samples(index)
+            units[key] = shard.unit_ids
+    fractions: dict[str, float] = {}
+    for key, mask in masks.items():
+        fraction = float(mask.mean()) if mask.size else 0.0
+        for unit_id in units[key]:
+            fractions[unit_id] = max(fractions.get(unit_id, 0.0), fraction)
+    return fractions
