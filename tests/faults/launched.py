@@ -1,4 +1,4 @@
-"""A run under a real launcher, in a session of its own so that nothing of it can stay behind; waits on lines and files, never on the clock."""
+"""A run under a real launcher, of which nothing stays behind; waits on lines and files, never on the clock."""
 
 import os
 import signal
@@ -69,15 +69,14 @@ class Launched:
             time.sleep(0.02)
 
     def alive(self) -> list[int]:
-        """Every process of the session: the launcher, its workers, and orphans of a dead launcher."""
+        """Every process of this run: the launcher, its workers (torchrun's have sessions of their own), and orphans of a dead launcher."""
         found = []
-        for stat in Path("/proc").glob("[0-9]*/stat"):
+        for environ in Path("/proc").glob("[0-9]*/environ"):
             try:
-                state, _, _, session = stat.read_text().rsplit(")", 1)[1].split()[:4]
+                if f"HOLD={self.hold}\0".encode() in environ.read_bytes():  # empty once it has ended
+                    found.append(int(environ.parent.name))
             except OSError:
                 continue
-            if int(session) == self.process.pid and state != "Z":
-                found.append(int(stat.parent.name))
         return found
 
     def ended(self, limit_s: float = LIMIT_S) -> str:

@@ -38,8 +38,8 @@ ASKED = {
     "launcher, SIGTERM, init": ("torchrun", "launcher", signal.SIGTERM, "init 0 all", 0),
     "worker 1, SIGUSR1, step": ("torchrun", "worker", signal.SIGUSR1, "step 3 all", 3),
     "worker 1, SIGHUP, eval": ("deepspeed", "worker", signal.SIGHUP, "eval 0 all", 2),
-    "session, SIGINT, step": ("torchrun", "session", signal.SIGINT, "step 3 all", 3),
-    "session, SIGTERM, save": ("deepspeed", "session", signal.SIGTERM, "save 0 all", 2),
+    "all at once, SIGINT, step": ("torchrun", "all", signal.SIGINT, "step 3 all", 3),
+    "all at once, SIGTERM, save": ("deepspeed", "all", signal.SIGTERM, "save 0 all", 2),
     "launcher, SIGTERM, step, deepspeed": ("deepspeed", "launcher", signal.SIGTERM, "step 3 all", None),
     "launcher, SIGKILL, eval, deepspeed": ("deepspeed", "launcher", signal.SIGKILL, "eval 0 all", None),
     "launcher, SIGKILL, step": ("torchrun", "launcher", signal.SIGKILL, "step 3 all", 3),
@@ -54,10 +54,12 @@ def test_a_signal_ends_every_rank_with_one_checkpoint_and_leaves_no_orphan(confi
     save = ["save_every=2"] if fault.startswith("save") else []
     with Launched(name, config, *save, fault=fault) as run:
         pids = run.reached(*ranks)
-        for pid in {"launcher": [run.process.pid], "worker": [pids[-1]], "session": run.alive()}[who]:
+        for pid in {"launcher": [run.process.pid], "worker": [pids[-1]], "all": run.alive()}[who]:
             os.kill(pid, number)
         if number == signal.SIGKILL:
             run.process.wait(10)
+        if who == "all" and name == "torchrun":
+            run.until(lambda: run.output.count("closing signal") == 2, "torchrun has sent its own copies")
         run.go()
         output = run.ended()
     steps, (sitting,) = checkpoints(config), sittings(config)
