@@ -3,6 +3,10 @@
   python launch/train.py --config configs/toy.yaml
   torchrun --nproc-per-node 2 launch/train.py --config configs/toy.yaml --steps-today 200
   deepspeed --num_gpus 2 launch/train.py --config configs/toy.yaml engine.zero_stage=2
+
+SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 end a sitting: one checkpoint, then out; once more leaves at once. They may go to one
+worker or to the launcher. torchrun passes SIGUSR1 on and waits more than 30 s for a large checkpoint only when told:
+  torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 300 ...
 """
 
 import time
@@ -16,7 +20,10 @@ def main() -> None:
     args = _parser().parse_args()
     from llm import dist
     from llm.config import load_config
+    from llm.train.launcher_watch import watch_launcher
 
+    if dist.has_launcher():
+        watch_launcher()  # before torch is imported, which takes seconds
     overrides = [*args.overrides, *([f"engine.device={args.device}"] if args.device else [])]
     if args.rechunk:
         overrides.append("data.rechunk=true")

@@ -95,14 +95,22 @@ class World:
         return self.broadcast(self.together(lambda: work() if self.rank == 0 else None))
 
 
+LAUNCHER_VARIABLES = (
+    ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
+    ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
+    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+)
+
+
+def has_launcher() -> bool:
+    """Whether torchrun or deepspeed started this process; mpirun and srun end their processes themselves."""
+    return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
+
+
 def read_environment() -> tuple[int, int, int]:
     """(rank, world size, local rank) from torchrun, deepspeed, mpirun or srun; (0, 1, 0) when alone."""
     env = os.environ
-    for rank, size, local in (
-        ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
-        ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-        ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
-    ):
+    for rank, size, local in LAUNCHER_VARIABLES:
         if rank in env and size in env:
             return int(env[rank]), int(env[size]), int(env.get(local, 0))
     return 0, 1, 0

@@ -5,7 +5,7 @@ import os
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
 from pathlib import Path
 from typing import TextIO
@@ -32,10 +32,13 @@ class _Terminal(logging.Handler):
         tag = {logging.WARNING: "warning: ", logging.ERROR: "error: "}.get(record.levelno, "")
         origin = f"[rank {self.rank}] " if self.rank else ""
         text = f"{origin}{tag}{record.getMessage()}"
-        if self.console:
-            self.console.print(text, markup=False, highlight=False, soft_wrap=True)
-        else:
-            print(text, file=terminal(), flush=True)
+        try:
+            if self.console:
+                self.console.print(text, markup=False, highlight=False, soft_wrap=True)
+            else:
+                print(text, file=terminal(), flush=True)
+        except OSError:  # the terminal was closed: a run that lost its reader still saves, and its log file has every line
+            self.stream, self.console = open(os.devnull, "w"), None  # noqa: SIM115 - for good
 
 
 _handler = _Terminal()
@@ -144,7 +147,8 @@ class LiveLine:
     def close(self) -> None:
         if self.alive:
             self.alive = False
-            self._live.stop()
+            with suppress(OSError):  # the terminal may be gone
+                self._live.stop()
             self._console.__exit__(None, None, None)
 
 

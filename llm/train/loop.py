@@ -142,7 +142,8 @@ def train_phase(
         return "phase finished"
     if at.step == over.end:
         return "budget spent"
-    return world.broadcast(stop.signal_name or sitting.over() or "stopped on another rank")
+    asked = next((name for name in world.gather(stop.signal_name) if name), None)
+    return asked or world.broadcast(sitting.over())
 
 
 def _why_refused(update: Update) -> str:

@@ -1,0 +1,107 @@
+"""Asked to stop, in whatever way and at whatever moment: one checkpoint at one step, nobody left behind, twice means now."""
+
+import json
+import os
+import signal
+from pathlib import Path
+
+import pytest
+from launched import Launched
+from little_run import make_run
+
+from llm.checkpoint import folder
+
+pytestmark = pytest.mark.timeout(150)
+
+
+@pytest.fixture
+def config(tmp_path) -> Path:
+    return make_run(tmp_path, epochs=1000, eval_every=2, save_every=0)
+
+
+def checkpoints(config: Path) -> list[int]:
+    return [entry.step for entry in folder.entries(config.parent / "checkpoints" / "little")]
+
+
+def sittings(config: Path) -> list[dict]:
+    return [json.loads(line) for line in (config.parent / "checkpoints/little/logs/sittings.jsonl").read_text().splitlines()]
+
+
+# What is asked: launcher, who is told, with what, the phase that is held on all ranks meanwhile, the step of the one checkpoint afterwards.
+# None: the deepspeed command is gone and only looked for twice a second, so the step is not foreseeable.
+ASKED = {
+    "launcher, SIGTERM, step": ("torchrun", "launcher", signal.SIGTERM, "step 3 all", 3),
+    "launcher, SIGINT, eval": ("torchrun", "launcher", signal.SIGINT, "eval 0 all", 2),
+    "launcher, SIGHUP, save": ("torchrun", "launcher", signal.SIGHUP, "save 0 all", 2),
+    "launcher, SIGUSR1 passed on, step": ("torchrun that passes SIGUSR1 on", "launcher", signal.SIGUSR1, "step 3 all", 3),
+    "launcher, SIGUSR1 not passed on, step": ("torchrun", "launcher", signal.SIGUSR1, "step 3 all", 3),
+    "launcher, SIGTERM, init": ("torchrun", "launcher", signal.SIGTERM, "init 0 all", 0),
+    "worker 1, SIGUSR1, step": ("torchrun", "worker", signal.SIGUSR1, "step 3 all", 3),
+    "worker 1, SIGHUP, eval": ("deepspeed", "worker", signal.SIGHUP, "eval 0 all", 2),
+    "all at once, SIGINT, step": ("torchrun", "all", signal.SIGINT, "step 3 all", 3),
+    "all at once, SIGTERM, save": ("deepspeed", "all", signal.SIGTERM, "save 0 all", 2),
+    "launcher, SIGTERM, step, deepspeed": ("deepspeed", "launcher", signal.SIGTERM, "step 3 all", None),
+    "launcher, SIGKILL, eval, deepspeed": ("deepspeed", "launcher", signal.SIGKILL, "eval 0 all", None),
+    "launcher, SIGKILL, step": ("torchrun", "launcher", signal.SIGKILL, "step 3 all", 3),
+    "worker 0, SIGUSR1, save, alone": ("python", "worker", signal.SIGUSR1, "save 0 all", 2),
+}
+
+
+@pytest.mark.parametrize("case", ASKED)
+def test_a_signal_ends_every_rank_with_one_checkpoint_and_leaves_no_orphan(config, case):
+    name, who, number, fault, expected = ASKED[case]
+    ranks = (0,) if name == "python" else (0, 1)
+    save = ["save_every=2"] if fault.startswith("save") else []
+    with Launched(name, config, *save, fault=fault) as run:
+        pids = run.reached(*ranks)
+        for pid in {"launcher": [run.process.pid], "worker": [pids[-1]], "all": run.alive()}[who]:
+            os.kill(pid, number)
+        if number == signal.SIGKILL:
+            run.process.wait(10)
+        if who == "all" and name == "torchrun":
+            run.until(lambda: run.output.count("closing signal") == 2, "torchrun has sent its own copies")
+        run.go()
+        output = run.ended()
+    steps, (sitting,) = checkpoints(config), sittings(config)
+    assert sitting["to_step"] == max(steps, default=0) and "go on" in output
+    if expected is not None:  # one step may pass before the last rank has noticed
+        assert len(steps) == (expected > 0) and sitting["to_step"] - expected in (0, 1), output
+    assert "return code = -" not in output
+    assert "Traceback" not in (config.parent / "checkpoints/little/logs/rank-0.log").read_text()
+
+
+@pytest.mark.parametrize("phase", ["step 3", "save 0"])
+def test_a_second_signal_leaves_at_once_and_nothing_half_published(config, phase):
+    with Launched("python", config, "save_every=2", fault=f"{phase} all") as run:
+        (pid,) = run.reached(0)
+        os.kill(pid, signal.SIGTERM)
+        run.until(lambda: "SIGTERM: finishing" in run.output, "the first is noted")
+
+        def gone() -> bool:  # the first two seconds' are the same request
+            if run.process.poll() is None:
+                os.kill(pid, signal.SIGTERM)
+            return run.process.poll() is not None
+
+        run.until(gone, "the second leaves", limit_s=10)
+    assert run.process.returncode == 128 + signal.SIGTERM
+    assert "saved" not in run.output.rpartition("SIGTERM: finishing")[2]
+    assert checkpoints(config) == ([2] if phase == "step 3" else [])
+
+
+def test_a_run_whose_terminal_was_closed_saves_all_the_same(config):
+    with Launched("python", config, fault="step 3 all") as run:
+        (pid,) = run.reached(0)
+        os.dup2(os.open(os.devnull, os.O_RDONLY), run.process.stdout.fileno())  # nobody holds the reading end of its output any more
+        os.kill(pid, signal.SIGHUP)
+        run.go()
+        run.ended()
+    assert checkpoints(config) == [3] and run.process.returncode == 0
+
+
+def test_under_nohup_a_hangup_changes_nothing(config):
+    with Launched("python", config, "--steps-today", "4", fault="step 3 all", NOHUP="1") as run:
+        (pid,) = run.reached(0)
+        os.kill(pid, signal.SIGHUP)
+        run.go()
+        run.ended()
+    assert checkpoints(config) == [4] and "SIGHUP" not in run.output
