@@ -10,6 +10,7 @@ from pathlib import Path
 
 from llm import durable
 from llm.checkpoint import folder
+from llm.checkpoint.lock import LockLost
 from llm.checkpoint.manifest import File, Manifest, read_manifest
 from llm.checkpoint.rng import rng_state
 from llm.checkpoint.slices import Slice, coverage_gaps, state_hash, write_slices
@@ -23,10 +24,17 @@ class SaveFailed(Exception):
     """This save did not happen, on any rank; the older checkpoints are untouched."""
 
 
-def save(world: World, run: Path, manifest: Manifest, slices: list[Slice], add_files: Callable[[Path], None]) -> Path:
+class Fenced(SaveFailed):
+    """This save did not happen because the run's folder belongs to another job now: no later one can happen either."""
+
+
+def save(
+    world: World, run: Path, manifest: Manifest, slices: list[Slice], add_files: Callable[[Path], None], check: Callable[[], None] = bool
+) -> Path:
     """Write and commit one checkpoint; returns its folder. Collective. Raises SaveFailed on every rank when any rank could not write.
 
     `manifest` comes without files and state_hash, which are filled in here; `add_files(folder)` lets rank 0 add small files (the tokenizer).
+    `check()` is asked by rank 0 just before the rename and raises LockLost when the run's folder is not ours any more: then Fenced.
     """
     final = run / folder.step_name(manifest.step, manifest.attempt)
     temporary = run / f".tmp-{final.name}-{world.broadcast(uuid.uuid4().hex[:8])}"
@@ -42,7 +50,7 @@ def save(world: World, run: Path, manifest: Manifest, slices: list[Slice], add_f
         gaps = coverage_gaps([(p.name, _numel(p.shape)) for p in manifest.params], files)
         assert not gaps, gaps
         whole = manifest.model_copy(update={"files": [File.model_validate(f) for f in files], "state_hash": hash_sum})
-        folder.publish(temporary, final, whole.text())
+        folder.publish(temporary, final, whole.text(), check)
         folder.mark_run(run, manifest.run_id)
 
     _agreed(world, temporary, commit)
@@ -64,20 +72,22 @@ def _check_space(world: World, run: Path, temporary: Path, slices: list[Slice]) 
 
 def _agreed(world: World, temporary: Path, work: Callable) -> list:
     """Every rank's result of `work`; if it failed on any rank, clean up and raise SaveFailed on all."""
-    result, failure = None, None
+    result, failure, fenced = None, None, False
     try:
         result = work()
+    except LockLost as error:
+        failure, fenced = str(error), True
     except (KeyboardInterrupt, SystemExit):
         raise
     except BaseException as error:  # some libraries' errors are no Exception, and a rank that left alone would hang the others
         name = "" if isinstance(error, (OSError, UserError)) else type(error).__name__
         failure = f"rank {world.rank}: {': '.join(filter(None, (name, str(error))))}"
-    votes = world.gather([failure, result])
+    votes = world.gather([failure, result, fenced])
     failures = [vote[0] for vote in votes if vote[0] is not None]
     if failures:
         if world.rank == 0:
             shutil.rmtree(temporary, ignore_errors=True)
-        raise SaveFailed("; ".join(failures))
+        raise (Fenced if any(vote[2] for vote in votes) else SaveFailed)("; ".join(failures))
     return [vote[1] for vote in votes]
 
 

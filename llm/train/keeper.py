@@ -9,7 +9,7 @@ import torch
 
 import llm
 from llm import durable
-from llm.checkpoint import folder
+from llm.checkpoint.lock import RunLock
 from llm.checkpoint.manifest import NAME, Manifest, Parameter, Parent
 from llm.checkpoint.resume import Checkpoint
 from llm.checkpoint.saver import apply_retention, file_sha256, save
@@ -25,11 +25,21 @@ from llm.train.loop import Progress
 class Keeper:
     """Saves for one attempt (sitting) of a run. Created and called on every rank."""
 
-    def __init__(self, cfg: RunConfig, plan: BatchPlan, world: World, engine: Engine, tokenizer: Tokenizer, parent: Checkpoint | None):
+    def __init__(
+        self,
+        cfg: RunConfig,
+        plan: BatchPlan,
+        world: World,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        parent: Checkpoint | None,
+        lock: RunLock,
+    ):
         self.cfg, self.plan, self.world, self.engine, self.tokenizer = cfg, plan, world, engine, tokenizer
+        self.lock = lock
         self.run = cfg.run_folder
         self.run_id = parent.manifest.run_id if parent else world.broadcast(uuid.uuid4().hex)
-        self.attempt = world.on_rank_0(lambda: folder.next_attempt(self.run))
+        self.attempt = world.on_rank_0(lock.take)  # the lock's token: attempts that never saved count too
         self.parent = Parent(name=parent.folder.name, manifest_sha256=file_sha256(parent.folder / NAME)) if parent else None
         self.resumed_from = parent.folder if parent else None
         self.view: dict | None = None  # of the last save: only what came after it is counted anew
@@ -37,7 +47,7 @@ class Keeper:
     def save(self, at: Progress) -> None:
         """Commit a checkpoint of `at`. Collective. Raises SaveFailed on every rank."""
         manifest = self._manifest(at)
-        path = save(self.world, self.run, manifest, list(self.engine.local_slices()), self._add_tokenizer)
+        path = save(self.world, self.run, manifest, list(self.engine.local_slices()), self._add_tokenizer, self.lock.check)
         self.parent = Parent(name=path.name, manifest_sha256=self.world.on_rank_0(lambda: file_sha256(path / NAME)))
         if self.world.rank == 0:
             self._after_commit(at, path)

@@ -5,7 +5,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 
-from llm.checkpoint.saver import SaveFailed
+from llm.checkpoint.saver import Fenced, SaveFailed
 from llm.config import BatchPlan, RunConfig, interval_steps
 from llm.data.ledger import Ledger
 from llm.data.stream import Stream, chain, count_targets, step_digest
@@ -67,6 +67,8 @@ def train_phase(
         try:
             save(at)
             saved_step, failed_saves = at.step, 0
+        except Fenced as error:
+            raise TrainingFailed(f"{error}. The checkpoint of step {at.step:,} was not saved; the last one is of step {saved_step:,}.") from None
         except SaveFailed as error:
             failed_saves += 1
             log.error(f"The checkpoint of step {at.step:,} could not be saved: {error}. Older ones are untouched; training goes on.")

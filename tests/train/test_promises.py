@@ -213,6 +213,46 @@ def test_a_sitting_whose_last_save_failed_does_not_end_well(tmp_path):
     assert all(m.startswith("TrainingFailed") and "9 to 10" in m for m in messages)
 
 
+# ------------------------------------------------------------------ 5 one writer
+
+
+def lose_the_lock(world: World, config: str, how: str) -> str:
+    """In the sixth step the lock is deleted, or is another job's."""
+    from llm.train import loop
+
+    original, calls = loop.step_digest, iter(range(1, 100))
+
+    def losing(batches):
+        lock = load_config(config).run_folder / "LOCK"
+        if next(calls) == 6 and world.rank == 0:
+            lock.unlink() if how == "deleted" else lock.write_text(json.dumps(json.loads(lock.read_text()) | {"host": "thief", "attempt": 9}))
+        return original(batches)
+
+    loop.step_digest = losing
+    return message_of(world, config, ["save_every=4", "eval_every=0"])
+
+
+@pytest.mark.parametrize(("how", "told"), [("deleted", "LOCK: is gone"), ("stolen", "on host thief")])
+def test_a_job_that_lost_its_lock_stops_on_all_ranks_without_publishing(tmp_path, how, told):
+    config = make_run(tmp_path)
+    messages = run_ranks(lose_the_lock, 2, tmp_path, str(config), how)
+    assert all(m.startswith("TrainingFailed") and told in m for m in messages), messages
+    run = load_config(config).run_folder
+    assert [e.step for e in folder.entries(run)] == [4] and not list(run.glob(".tmp-*"))
+    assert (run / "LOCK").exists() == (how == "stolen")
+
+
+def test_a_sitting_holds_the_lock_and_gives_it_free(tmp_path):
+    config = make_run(tmp_path)
+    sit_alone(tmp_path, config, [], steps_today=1)
+    assert not (load_config(config).run_folder / "LOCK").exists()
+    assert run_and_kill(config, tmp_path / "fed", after=3) == -signal.SIGKILL
+    assert (load_config(config).run_folder / "LOCK").exists()
+    assert sit_alone(tmp_path, config)["step"] == STEPS
+    log = (load_config(config).run_folder / "logs" / "rank-0.log").read_text()
+    assert "left its lock behind" in log and newest_manifest(config).attempt == 3
+
+
 # ------------------------------------------------------------------ 6 rank-consistent
 
 
