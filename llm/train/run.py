@@ -102,13 +102,14 @@ def _train(cfg: RunConfig, world: World, options: Options, sitting: Sitting, sto
             at.ledger = chosen
             metrics.end_step = _end_step(cfg, plan, at, sitting)
             with closing(world.together(lambda: _stream(at.ledger, train_shards, plan, world))) as stream:
-                reason = train_phase(cfg, plan, world, engine, stream, at, sitting, stop, metrics, validator, keeper.save)
+                reason = train_phase(cfg, plan, world, engine, stream, at, sitting, stop, metrics, validator, keeper)
             again = reason == "phase finished" and options.wish.only_new
             chosen = choose(Wish(only_new=True, dataset=options.wish.dataset)) if again else reason
     except Exception:
         _save_after_error(world, engine, keeper, at)
         raise
     finally:
+        keeper.close()
         metrics.close()
     if world.rank == 0:
         _tell_sitting(cfg, at, sitting, metrics, first_step, chosen)
@@ -257,11 +258,13 @@ def _validator(
 
 def _save_after_error(world: World, engine: Engine, keeper: Keeper, at: Progress) -> None:
     """Save what was trained before an exception, where that is safe: alone (no rank waits elsewhere) and between two updates."""
-    if world.size == 1 and engine.state()["optimizer_step"] == at.updates and at.updates:
+    if world.size > 1 or engine.state()["optimizer_step"] != at.updates:
+        return
+    for part in (keeper.finish, lambda: keeper.save(at) if at.step > keeper.saved_step else None):
         try:
-            keeper.save(at)
+            part()
         except SaveFailed as failure:  # told, but the exception that brought us here is what the person must see
-            log.error(f"The checkpoint of step {at.step:,} could not be saved either: {failure}.")
+            log.error(f"The {failure}.")
 
 
 def _introduce(cfg: RunConfig, plan: BatchPlan, world: World, checkpoint: Checkpoint | None, at: Progress, ledger: Ledger) -> None:
