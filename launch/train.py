@@ -36,7 +36,7 @@ def main() -> None:
 
         wish = Wish(only_new=args.only_new, reset_epoch=args.reset_epoch, dataset=args.dataset)
         accepted = tuple(args.accept_change or ())
-        train(cfg, world, Options(STARTED_AT, args.steps_today, args.minutes_today, wish, args.init_from, args.fresh, accepted))
+        train(cfg, world, Options(STARTED_AT, args.steps_today, args.minutes_today, wish, args.init_from, args.fresh, accepted, args.steal_lock))
 
 
 def _parser() -> cli.Parser:
@@ -54,6 +54,7 @@ def _parser() -> cli.Parser:
     start.add_argument("--init-from", metavar="RUN|FOLDER", help="start a new run from another one's weights")
     start.add_argument("--fresh", action="store_true", help="move an existing run of this name aside and begin at step 0")
     start.add_argument("--accept-change", action="append", metavar="FIELD", help="go on although this setting has changed, for example train.lr")
+    start.add_argument("--steal-lock", action="store_true", help="take over a run whose lock is another host's; be sure that its job is dead")
     start.add_argument("--device", help="cpu, cuda, cuda:N or mps instead of the config's engine.device")
     parser.add_argument("--local-rank", help="given by the deepspeed launcher; not used")
     return parser

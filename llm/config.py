@@ -211,6 +211,8 @@ class CheckpointConfig(Section):
     """So many of the best by validation loss are kept too."""
     keep_epochs: bool = True
     """Keep the checkpoint at the end of each epoch."""
+    async_save: bool = True
+    """Write in a thread while training goes on, from a copy in host memory: 12 bytes for each parameter, shared out over the ranks."""
 
 
 class LogConfig(Section):

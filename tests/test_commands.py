@@ -2,6 +2,8 @@
 
 import json
 import os
+import signal
+import socket
 import subprocess
 import sys
 import time
@@ -122,6 +124,30 @@ def test_the_second_signal_leaves_at_once_and_the_first_saves(config, tmp_path):
     assert process.returncode == 0, output
     assert "SIGTERM" in output and "saved" in output and "go on" in output
     assert len(list((tmp_path / "checkpoints" / "little").glob("step-*"))) >= 1
+
+
+def contents(folder: Path) -> dict[Path, bytes]:
+    return {path: path.read_bytes() for path in sorted(folder.rglob("*")) if path.is_file()}
+
+
+def test_a_second_job_in_the_same_run_is_refused_with_the_owner_named_and_touches_nothing(config, tmp_path):
+    process = subprocess.Popen(
+        [sys.executable, "launch/train.py", "--config", str(config), "epochs=100000"], cwd=ROOT, stdout=subprocess.PIPE, text=True
+    )
+    for line in process.stdout:
+        if line.startswith("step"):
+            break
+    os.kill(process.pid, signal.SIGSTOP)  # so that only the second could change anything
+    try:
+        before = contents(tmp_path)
+        for words in ((), ("--fresh",), ("--steal-lock",)):
+            done = train("--config", config, *words)
+            assert done.returncode == 2 and f"process {process.pid} on host {socket.gethostname()}" in done.stderr
+        assert contents(tmp_path) == before
+    finally:
+        os.kill(process.pid, signal.SIGCONT)
+        process.terminate()
+    assert "saved" in process.communicate(timeout=60)[0] and process.returncode == 0
 
 
 def test_asked_to_train_what_is_trained_it_says_so_and_names_the_choices(config, tmp_path):

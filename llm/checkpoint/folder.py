@@ -4,12 +4,14 @@ run/step-000001200-a3/   a committed checkpoint: step 1200, saved by the run's t
 run/.tmp-...             being written; never read
 run/.trash-...           being deleted
 run/quarantine/          failed verification; only a person deletes
+run/LOCK                 which job may write here (llm.checkpoint.lock)
 run/RUN.json             written after the first commit: from then on the run never starts from step 0 by itself
 """
 
 import json
 import re
 import shutil
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -50,10 +52,11 @@ def next_attempt(run: Path) -> int:
     return max(attempts, default=0) + 1
 
 
-def publish(temporary: Path, final: Path, manifest_text: str) -> None:
-    """Write the manifest and make the checkpoint appear by one rename. Raises OSError."""
+def publish(temporary: Path, final: Path, manifest_text: str, check: Callable[[], None]) -> None:
+    """Write the manifest and make the checkpoint appear by one rename, unless `check`, asked at the last moment, raises. Raises OSError."""
     durable.write_text(temporary / NAME, manifest_text)
     durable.fsync_folder(temporary)
+    check()
     temporary.rename(final)  # refuses a folder that is not empty, so nothing is ever overwritten
     durable.fsync_folder(final.parent)
 

@@ -1,18 +1,22 @@
-"""Saving: every rank writes its slices, all vote, rank 0 commits by one rename."""
+"""Saving: every rank stages and writes its slices, all vote, rank 0 commits by one rename."""
 
 import hashlib
 import json
 import os
 import shutil
+import time
 import uuid
 from collections.abc import Callable
 from pathlib import Path
+from threading import Thread
 
 from llm import durable
 from llm.checkpoint import folder
+from llm.checkpoint.lock import LockLost
 from llm.checkpoint.manifest import File, Manifest, read_manifest
 from llm.checkpoint.rng import rng_state
 from llm.checkpoint.slices import Slice, coverage_gaps, state_hash, write_slices
+from llm.checkpoint.staging import Staging
 from llm.dist import World
 from llm.log import UserError, log
 
@@ -23,79 +27,149 @@ class SaveFailed(Exception):
     """This save did not happen, on any rank; the older checkpoints are untouched."""
 
 
-def save(world: World, run: Path, manifest: Manifest, slices: list[Slice], add_files: Callable[[Path], None]) -> Path:
-    """Write and commit one checkpoint; returns its folder. Collective. Raises SaveFailed on every rank when any rank could not write.
+class Fenced(SaveFailed):
+    """This save did not happen because the run's folder belongs to another job now: no later one can happen either."""
+
+
+def save(
+    world: World, run: Path, manifest: Manifest, slices: list[Slice], add_files: Callable[[Path], None], check: Callable[[], None] = bool
+) -> Path:
+    """Write and commit one checkpoint at once; returns its folder. Collective. Arguments and errors are those of `Save`."""
+    saving = Save(world, run, manifest, slices, add_files, check)
+    saving.write()
+    return saving.commit()
+
+
+class Save:
+    """One checkpoint on its way to the disk: `Save(...)`, then `write` or `start`, then `commit`.
+
+    The first and the last are collective and raise SaveFailed on every rank when any rank failed; whatever was written is then removed.
+    What lies between is this rank's alone and may run in a thread: it hashes and does file I/O, and never waits for another rank.
 
     `manifest` comes without files and state_hash, which are filled in here; `add_files(folder)` lets rank 0 add small files (the tokenizer).
+    `check()` is asked by rank 0 just before the rename and raises LockLost when the run's folder is not ours any more: then Fenced.
+    With `staging` the slices are copied before this returns; without it they must not change until `write` has.
     """
-    final = run / folder.step_name(manifest.step, manifest.attempt)
-    temporary = run / f".tmp-{final.name}-{world.broadcast(uuid.uuid4().hex[:8])}"
-    _check_space(world, run, temporary, slices)
-    _agreed(world, temporary, lambda: temporary.mkdir(parents=True) if world.rank == 0 else None)
-    records = _agreed(world, temporary, lambda: _write_rank(world, temporary, slices, add_files))
-    files = [record for of_rank in records for record in of_rank]
-    (hash_sum,) = world.sum_ints([state_hash(slices)])
 
-    def commit() -> None:
-        if world.rank:
-            return
-        gaps = coverage_gaps([(p.name, _numel(p.shape)) for p in manifest.params], files)
-        assert not gaps, gaps
-        whole = manifest.model_copy(update={"files": [File.model_validate(f) for f in files], "state_hash": hash_sum})
-        folder.publish(temporary, final, whole.text())
-        folder.mark_run(run, manifest.run_id)
+    def __init__(
+        self,
+        world: World,
+        run: Path,
+        manifest: Manifest,
+        slices: list[Slice],
+        add_files: Callable[[Path], None],
+        check: Callable[[], None] = bool,
+        staging: Staging | None = None,
+    ):
+        self.world, self.run, self.manifest, self._add_files, self._check = world, run, manifest, add_files, check
+        self.final = run / folder.step_name(manifest.step, manifest.attempt)
+        self.seconds = 0.0
+        """How long this rank wrote."""
+        self._thread: Thread | None = None
+        self._written = [f"rank {world.rank}: its writer ended without a word", None, False]
+        self._temporary = run / f".tmp-{self.final.name}-{self._check_space(slices)}"
+        self._rng = json.dumps(rng_state())  # now: when the writer gets to it, training has drawn from them
 
-    _agreed(world, temporary, commit)
-    return final
+        def prepare() -> list[Slice]:
+            if world.rank == 0:
+                self._temporary.mkdir(parents=True)
+            self._slices = staging.copy(slices) if staging else slices
 
+        self._vote(self._outcome(prepare))
 
-def _check_space(world: World, run: Path, temporary: Path, slices: list[Slice]) -> None:
-    """Raise SaveFailed on every rank when the disk, as any rank sees it, has no room for all ranks' files."""
+    def _check_space(self, slices: list[Slice]) -> str:
+        """Raise SaveFailed on every rank when the disk, as any rank sees it, has no room for all ranks' files; returns a name for this try."""
 
-    def measure() -> tuple[int, int]:
-        return SMALL_FILES_BYTES + sum(4 * s.values.numel() for s in slices), shutil.disk_usage(run).free
+        def measure() -> tuple[int, int, str]:
+            return SMALL_FILES_BYTES + sum(4 * s.values.numel() for s in slices), shutil.disk_usage(self.run).free, uuid.uuid4().hex[:8]
 
-    measured = _agreed(world, temporary, measure)
-    needed, free = sum(bytes_ for bytes_, _ in measured), min(free for _, free in measured)
-    if free < needed:
-        room = f"the disk has {free / 1e6:,.1f} MB ({free:,} bytes) free"
-        raise SaveFailed(f"{run}: a checkpoint needs {needed / 1e6:,.1f} MB ({needed:,} bytes), {room}")
+        measured = self._vote(self._outcome(measure))
+        needed, free = sum(m[0] for m in measured), min(m[1] for m in measured)
+        if free < needed:
+            room = f"the disk has {free / 1e6:,.1f} MB ({free:,} bytes) free"
+            self._fail(SaveFailed, f"{self.run}: it needs {needed / 1e6:,.1f} MB ({needed:,} bytes), {room}")
+        return measured[0][2]
 
+    def start(self) -> None:
+        """Write in a thread; `written` tells when it is done."""
+        self._thread = Thread(target=self.write, name="checkpoint writer", daemon=True)
+        self._thread.start()
 
-def _agreed(world: World, temporary: Path, work: Callable) -> list:
-    """Every rank's result of `work`; if it failed on any rank, clean up and raise SaveFailed on all."""
-    result, failure = None, None
-    try:
-        result = work()
-    except (KeyboardInterrupt, SystemExit):
-        raise
-    except BaseException as error:  # some libraries' errors are no Exception, and a rank that left alone would hang the others
-        name = "" if isinstance(error, (OSError, UserError)) else type(error).__name__
-        failure = f"rank {world.rank}: {': '.join(filter(None, (name, str(error))))}"
-    votes = world.gather([failure, result])
-    failures = [vote[0] for vote in votes if vote[0] is not None]
-    if failures:
-        if world.rank == 0:
-            shutil.rmtree(temporary, ignore_errors=True)
-        raise SaveFailed("; ".join(failures))
-    return [vote[1] for vote in votes]
+    def write(self) -> None:
+        """Write this rank's files and check them. An error waits for the vote."""
+        started_at = time.monotonic()
+        self._written = self._outcome(lambda: [self._write_files(), state_hash(self._slices)])
+        self.seconds = time.monotonic() - started_at
 
+    @property
+    def written(self) -> bool:
+        return self._thread is None or not self._thread.is_alive()
 
-def _write_rank(world: World, temporary: Path, slices: list[Slice], add_files: Callable[[Path], None]) -> list[dict]:
-    tag = f"{world.rank:05d}-of-{world.size:05d}"
-    shard = write_slices(temporary / f"shard-{tag}.safetensors", slices)
-    (temporary / f"rank-{tag}.json").write_text(json.dumps(rng_state()))
-    small = [temporary / f"rank-{tag}.json"]
-    if world.rank == 0:
-        add_files(temporary)
-        small += [p for p in (temporary / "tokenizer").iterdir() if p.is_file()] if (temporary / "tokenizer").is_dir() else []
-    records = [shard, *(_small_record(path, temporary) for path in small)]
-    for record in records:
-        written = file_sha256(temporary / record["path"])
-        if written != record["sha256"]:
-            raise OSError(f"{temporary / record['path']}: what was read back is not what was written; the disk or its driver is failing")
-    durable.fsync_folder(temporary)
-    return records
+    def wait(self) -> None:
+        """Until this rank's writer has ended, well or not."""
+        if self._thread:
+            self._thread.join()
+
+    def commit(self) -> Path:
+        """Publish what all ranks wrote; returns the checkpoint's folder. Collective."""
+        self.wait()
+        votes = self._vote(self._written)
+        files = [record for records, _ in votes for record in records]
+        state = (sum(rank_hash for _, rank_hash in votes) + 2**63) % 2**64 - 2**63  # wraps as the sums of one rank do
+
+        def publish() -> None:
+            if self.world.rank:
+                return
+            gaps = coverage_gaps([(p.name, _numel(p.shape)) for p in self.manifest.params], files)
+            assert not gaps, gaps
+            whole = self.manifest.model_copy(update={"files": [File.model_validate(f) for f in files], "state_hash": state})
+            folder.publish(self._temporary, self.final, whole.text(), self._check)
+            folder.mark_run(self.run, self.manifest.run_id)
+
+        self._vote(self._outcome(publish))
+        return self.final
+
+    def _outcome(self, work: Callable) -> list:
+        """[what went wrong in words or None, the result, whether the lock was lost] of this rank's part."""
+        try:
+            return [None, work(), False]
+        except LockLost as error:
+            return [str(error), None, True]
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # some libraries' errors are no Exception, and a rank that left alone would hang the others
+            name = "" if isinstance(error, (OSError, UserError)) else type(error).__name__
+            return [f"rank {self.world.rank}: {': '.join(filter(None, (name, str(error))))}", None, False]
+
+    def _vote(self, outcome: list) -> list:
+        """Every rank's result; if any rank failed, clean up and raise on all."""
+        votes = self.world.gather(outcome)
+        failures = [failure for failure, *_ in votes if failure is not None]
+        if failures:
+            self._fail(Fenced if any(fenced for *_, fenced in votes) else SaveFailed, "; ".join(failures))
+        return [result for _, result, _ in votes]
+
+    def _fail(self, kind: type[SaveFailed], why: str) -> None:
+        if self.world.rank == 0 and hasattr(self, "_temporary"):
+            shutil.rmtree(self._temporary, ignore_errors=True)
+        raise kind(f"checkpoint of step {self.manifest.step:,} could not be saved: {why}")
+
+    def _write_files(self) -> list[dict]:
+        tag = f"{self.world.rank:05d}-of-{self.world.size:05d}"
+        shard = write_slices(self._temporary / f"shard-{tag}.safetensors", self._slices)
+        (self._temporary / f"rank-{tag}.json").write_text(self._rng)
+        small = [self._temporary / f"rank-{tag}.json"]
+        if self.world.rank == 0:
+            self._add_files(self._temporary)
+            tokenizer = self._temporary / "tokenizer"
+            small += [p for p in tokenizer.iterdir() if p.is_file()] if tokenizer.is_dir() else []
+        records = [shard, *(_small_record(path, self._temporary) for path in small)]
+        for record in records:
+            path = self._temporary / record["path"]
+            if file_sha256(path) != record["sha256"]:
+                raise OSError(f"{path}: what was read back is not what was written; the disk or its driver is failing")
+        durable.fsync_folder(self._temporary)
+        return records
 
 
 def _small_record(path: Path, root: Path) -> dict:

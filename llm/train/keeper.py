@@ -9,12 +9,13 @@ import torch
 
 import llm
 from llm import durable
-from llm.checkpoint import folder
+from llm.checkpoint.lock import RunLock
 from llm.checkpoint.manifest import NAME, Manifest, Parameter, Parent
 from llm.checkpoint.resume import Checkpoint
-from llm.checkpoint.saver import apply_retention, file_sha256, save
+from llm.checkpoint.saver import Save, apply_retention, file_sha256
+from llm.checkpoint.staging import Staging
 from llm.config import BatchPlan, RunConfig
-from llm.data.ledger import seen_view
+from llm.data.ledger import Ledger, seen_view
 from llm.dist import World
 from llm.engine import Engine
 from llm.log import log
@@ -25,22 +26,69 @@ from llm.train.loop import Progress
 class Keeper:
     """Saves for one attempt (sitting) of a run. Created and called on every rank."""
 
-    def __init__(self, cfg: RunConfig, plan: BatchPlan, world: World, engine: Engine, tokenizer: Tokenizer, parent: Checkpoint | None):
+    def __init__(
+        self,
+        cfg: RunConfig,
+        plan: BatchPlan,
+        world: World,
+        engine: Engine,
+        tokenizer: Tokenizer,
+        parent: Checkpoint | None,
+        lock: RunLock,
+    ):
         self.cfg, self.plan, self.world, self.engine, self.tokenizer = cfg, plan, world, engine, tokenizer
+        self.lock = lock
         self.run = cfg.run_folder
         self.run_id = parent.manifest.run_id if parent else world.broadcast(uuid.uuid4().hex)
-        self.attempt = world.on_rank_0(lambda: folder.next_attempt(self.run))
+        self.attempt = world.on_rank_0(lock.take)  # the lock's token: attempts that never saved count too
         self.parent = Parent(name=parent.folder.name, manifest_sha256=file_sha256(parent.folder / NAME)) if parent else None
         self.resumed_from = parent.folder if parent else None
+        self.saved_step = parent.manifest.step if parent else 0
+        self.write_s = 0.0
+        """How long the last save took to write, in this process or its thread."""
+        self._staging = Staging() if cfg.checkpoint.async_save else None
+        self._saving: Save | None = None
+        self._ledger: Ledger | None = None  # as of the save on its way
         self.view: dict | None = None  # of the last save: only what came after it is counted anew
 
-    def save(self, at: Progress) -> None:
-        """Commit a checkpoint of `at`. Collective. Raises SaveFailed on every rank."""
-        manifest = self._manifest(at)
-        path = save(self.world, self.run, manifest, list(self.engine.local_slices()), self._add_tokenizer)
+    def save(self, at: Progress, wait: bool = True) -> int | None:
+        """Commit a checkpoint of `at` and return its step; without `wait`, where the config allows it, only begin to: then None.
+
+        Collective, and no other may be on its way. Raises SaveFailed on every rank.
+        """
+        assert self._saving is None
+        aside = self._staging if not wait else None
+        slices = list(self.engine.local_slices())
+        self._ledger = at.ledger
+        self._saving = Save(self.world, self.run, self._manifest(at), slices, self._add_tokenizer, self.lock.check, aside)
+        if aside:
+            self._saving.start()
+            return None
+        self._saving.write()
+        return self.finish()
+
+    @property
+    def written(self) -> bool:
+        """Whether this rank has a save on its way and its files are written, so that `finish` will not wait for them."""
+        return self._saving is not None and self._saving.written
+
+    def finish(self) -> int | None:
+        """Commit what is on its way, if anything is, and return its step. Collective. Raises SaveFailed on every rank."""
+        if self._saving is None:
+            return None
+        saving, self._saving = self._saving, None
+        path = saving.commit()
+        self.saved_step, self.write_s = saving.manifest.step, saving.seconds
         self.parent = Parent(name=path.name, manifest_sha256=self.world.on_rank_0(lambda: file_sha256(path / NAME)))
         if self.world.rank == 0:
-            self._after_commit(at, path)
+            self._after_commit(path)
+        return self.saved_step
+
+    def close(self) -> None:
+        """Let go of a save that can be committed no more."""
+        if self._saving:
+            self._saving.wait()  # its thread would outlive what it uses
+            self._saving = None
 
     def _manifest(self, at: Progress) -> Manifest:
         return Manifest(
@@ -68,11 +116,11 @@ class Keeper:
         (checkpoint / "tokenizer").mkdir()
         self.tokenizer.save(checkpoint / "tokenizer")
 
-    def _after_commit(self, at: Progress, path: Path) -> None:
+    def _after_commit(self, path: Path) -> None:
         """What may fail without harm: the checkpoint is committed already."""
         keep = self.cfg.checkpoint
         try:
-            self.view = seen_view(at.ledger, self.view)
+            self.view = seen_view(self._ledger, self.view)
             durable.write_text(self.run / "seen_datasets.json", json.dumps(self.view, indent=2) + "\n")
             protect = {path} | ({self.resumed_from} if self.resumed_from else set())
             apply_retention(

@@ -4,8 +4,9 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 
-from llm.checkpoint.saver import SaveFailed
+from llm.checkpoint.saver import Fenced, SaveFailed
 from llm.config import BatchPlan, RunConfig, interval_steps
 from llm.data.ledger import Ledger
 from llm.data.stream import Stream, chain, count_targets, step_digest
@@ -16,6 +17,9 @@ from llm.train.budget import Sitting, horizon
 from llm.train.faults import StopFlag
 from llm.train.metrics import Metrics
 from llm.train.schedule import lr_at
+
+if TYPE_CHECKING:
+    from llm.train.keeper import Keeper
 
 REFUSED_IN_A_ROW = 3
 FAILED_SAVES_IN_A_ROW = 3
@@ -50,7 +54,7 @@ def train_phase(
     stop: StopFlag,
     metrics: Metrics,
     validate: Callable[[], dict[str, float]] | None,
-    save: Callable[[Progress], None],
+    keeper: "Keeper",
 ) -> str:
     """Train on the open phase until it, the budget or the sitting ends; returns why it stopped. Collective. `at` moves along.
 
@@ -61,18 +65,27 @@ def train_phase(
     save_every, eval_every = (interval_steps(i, over.length) for i in (cfg.checkpoint.save_every, cfg.train.eval_every))
     saved_step, refused, failed_saves = at.step, 0, 0
 
-    def save_now() -> None:
+    def attempt(part: Callable[[], int | None]) -> None:
+        """Do a part of a save. It returns the step that is in a checkpoint now, or None when its files are still being written."""
         nonlocal saved_step, failed_saves
         started_at = time.monotonic()
         try:
-            save(at)
-            saved_step, failed_saves = at.step, 0
+            step = part()
+            if step is not None:
+                saved_step, failed_saves = step, 0
+        except Fenced as error:
+            raise TrainingFailed(f"The {error}. The last one is of step {saved_step:,}.") from None
         except SaveFailed as error:
             failed_saves += 1
-            log.error(f"The checkpoint of step {at.step:,} could not be saved: {error}. Older ones are untouched; training goes on.")
+            log.error(f"The {error}. Older ones are untouched; training goes on.")
             if failed_saves == FAILED_SAVES_IN_A_ROW:
-                raise TrainingFailed(f"{failed_saves} checkpoints in a row could not be saved: {error}. Make room, then run again.") from None
-        sitting.slowest_save_s = max(sitting.slowest_save_s, time.monotonic() - started_at)
+                raise TrainingFailed(f"{failed_saves} checkpoints in a row could not be saved. The {error}. Make room, then run again.") from None
+        # at the end one may still be on its way, and another has to follow
+        sitting.slowest_save_s = max(sitting.slowest_save_s, time.monotonic() - started_at, 2 * keeper.write_s)
+
+    def save_now(wait: bool) -> None:
+        attempt(keeper.finish)  # one at a time
+        attempt(lambda: keeper.save(at, wait))
 
     def accept(loss: float) -> bool:
         return math.isfinite(loss)
@@ -86,8 +99,10 @@ def train_phase(
             batches, problem = [], error
         data_wait_s = time.perf_counter() - started_at
         wants_stop = bool(stop) or (world.rank == 0 and sitting.over() is not None)  # one clock decides
-        counts = [count_targets(batches), step_digest(batches), int(wants_stop), int(problem is not None)]
-        n_targets, digest, stops, problems = world.sum_ints(counts)
+        counts = [count_targets(batches), step_digest(batches), int(wants_stop), int(problem is not None), int(keeper.written)]
+        n_targets, digest, stops, problems, ranks_written = world.sum_ints(counts)
+        if ranks_written == world.size:
+            attempt(keeper.finish)
         if stops or problems:
             break
 
@@ -123,12 +138,13 @@ def train_phase(
         elif at.metrics.get("val_step") != at.step:
             at.metrics.pop("val_loss", None)  # retention compares checkpoints by it: an old value must not stand for new weights
         if (save_every and at.step % save_every == 0) or at.epoch_end or done:
-            save_now()
+            save_now(wait=done)
         if done:
             break
 
+    attempt(keeper.finish)
     if at.step > saved_step and refused < REFUSED_IN_A_ROW:
-        save_now()
+        save_now(wait=True)
     if problems:
         world.together(lambda: _reraise(problem))
     if refused == REFUSED_IN_A_ROW:

@@ -10,6 +10,7 @@ from pathlib import Path
 from torch import nn
 
 from llm.checkpoint import folder
+from llm.checkpoint.lock import LockError, RunLock
 from llm.checkpoint.resume import Checkpoint, newest, open_checkpoint
 from llm.checkpoint.rng import set_rng_state
 from llm.checkpoint.saver import SaveFailed
@@ -48,26 +49,30 @@ class Options:
     init_from: str | None = None
     fresh: bool = False
     accept_change: tuple[str, ...] = ()
+    steal_lock: bool = False
 
 
 def train(cfg: RunConfig, world: World, options: Options) -> None:
     """Train for one sitting. Collective. Raises UserError, the same on every rank."""
     sitting = world.together(lambda: Sitting(options.started_at, options.steps_today, options.minutes_today))
-    stop = StopFlag(world.rank)
+    stop, lock = StopFlag(world.rank), RunLock(cfg.run_folder)
     try:
-        _train(cfg, world, options, sitting, stop)
+        _train(cfg, world, options, sitting, stop, lock)
     finally:
+        lock.release()
         stop.restore()
 
 
-def _train(cfg: RunConfig, world: World, options: Options, sitting: Sitting, stop: StopFlag) -> None:
+def _train(cfg: RunConfig, world: World, options: Options, sitting: Sitting, stop: StopFlag, lock: RunLock) -> None:
     tokenizer = world.together(lambda: load_tokenizer(cfg.tokenizer.tokenizer_path, cfg.tokenizer.tokenizer_type))
     model_config = world.together(lambda: cfg.model.with_vocab(tokenizer.vocab_size))
     cfg = cfg.model_copy(update={"model": model_config})
     train_shards, val_shards = open_shards(cfg, tokenizer, world)
 
+    # a folder that does not exist is not made yet: a mistake found below leaves nothing behind
+    world.on_rank_0(lambda: lock.take(options.steal_lock) if cfg.run_folder.is_dir() else None)
     if options.fresh:
-        world.on_rank_0(lambda: _move_aside(cfg.run_folder))
+        world.on_rank_0(lambda: _move_aside(cfg.run_folder, lock))
     checkpoint = world.together(lambda: newest(world, cfg.run_folder))
     if checkpoint:
         world.together(lambda: _check_identity(checkpoint, cfg, tokenizer, options))
@@ -82,12 +87,12 @@ def _train(cfg: RunConfig, world: World, options: Options, sitting: Sitting, sto
         log.info(chosen)
         return
     source = world.together(lambda: _source(options.init_from, tokenizer) if checkpoint is None else None)
-    world.on_rank_0(lambda: _make_folders(cfg))  # only now: a mistake found above leaves nothing behind
+    world.on_rank_0(lambda: _make_folders(cfg, lock))
     route_output(cfg.log_folder / f"rank-{world.rank}.log")
     if not cfg.train.batch_tokens:  # the run's own global batch, which another number of ranks cuts otherwise
         cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"grad_accum": plan.accumulation})})
     engine = _engine(cfg, world, checkpoint, source)
-    keeper = Keeper(cfg, plan, world, engine, tokenizer, checkpoint)
+    keeper = Keeper(cfg, plan, world, engine, tokenizer, checkpoint, lock)
     _introduce(cfg, plan, world, checkpoint, at, chosen)
     metrics = _metrics(cfg, world)
     validator = _validator(cfg, plan, world, engine, tokenizer, val_shards)
@@ -97,29 +102,35 @@ def _train(cfg: RunConfig, world: World, options: Options, sitting: Sitting, sto
             at.ledger = chosen
             metrics.end_step = _end_step(cfg, plan, at, sitting)
             with closing(world.together(lambda: _stream(at.ledger, train_shards, plan, world))) as stream:
-                reason = train_phase(cfg, plan, world, engine, stream, at, sitting, stop, metrics, validator, keeper.save)
+                reason = train_phase(cfg, plan, world, engine, stream, at, sitting, stop, metrics, validator, keeper)
             again = reason == "phase finished" and options.wish.only_new
             chosen = choose(Wish(only_new=True, dataset=options.wish.dataset)) if again else reason
     except Exception:
         _save_after_error(world, engine, keeper, at)
         raise
     finally:
+        keeper.close()
         metrics.close()
     if world.rank == 0:
         _tell_sitting(cfg, at, sitting, metrics, first_step, chosen)
 
 
-def _move_aside(run: Path) -> None:
+def _move_aside(run: Path, lock: RunLock) -> None:
     if folder.has_committed(run):
         aside = run.with_name(f"{run.name}.before-{time.strftime('%Y%m%dT%H%M%S')}")
         run.rename(aside)
+        lock.leave(aside)
         log.info(f"--fresh: the old run is now {aside}")
 
 
-def _make_folders(cfg: RunConfig) -> None:
+def _make_folders(cfg: RunConfig, lock: RunLock) -> None:
+    looked_before = lock.owner is None  # for checkpoints, when the folder was not there to be locked
     probe = cfg.run_folder / ".tmp-probe"
     try:
         cfg.run_folder.mkdir(parents=True, exist_ok=True)
+        lock.take()
+        if looked_before and folder.entries(cfg.run_folder):
+            raise LockError(f"{cfg.run_folder}: another job has begun this run in the meantime. Run again to go on from its checkpoint.")
         cfg.log_folder.mkdir(parents=True, exist_ok=True)
         probe.mkdir()
         folder.clean(cfg.run_folder)
@@ -247,11 +258,13 @@ def _validator(
 
 def _save_after_error(world: World, engine: Engine, keeper: Keeper, at: Progress) -> None:
     """Save what was trained before an exception, where that is safe: alone (no rank waits elsewhere) and between two updates."""
-    if world.size == 1 and engine.state()["optimizer_step"] == at.updates and at.updates:
+    if world.size > 1 or engine.state()["optimizer_step"] != at.updates:
+        return
+    for part in (keeper.finish, lambda: keeper.save(at) if at.step > keeper.saved_step else None):
         try:
-            keeper.save(at)
+            part()
         except SaveFailed as failure:  # told, but the exception that brought us here is what the person must see
-            log.error(f"The checkpoint of step {at.step:,} could not be saved either: {failure}.")
+            log.error(f"The {failure}.")
 
 
 def _introduce(cfg: RunConfig, plan: BatchPlan, world: World, checkpoint: Checkpoint | None, at: Progress, ledger: Ledger) -> None:
