@@ -47,6 +47,8 @@ class Options:
     init_from: str | None = None
     fresh: bool = False
     accept_change: tuple[str, ...] = ()
+    from_step: int | None = None
+    """Go on from the checkpoint of this step, beside the newer ones."""
 
 
 def train(cfg: RunConfig, world: World, options: Options) -> None:
@@ -67,7 +69,7 @@ def _train(cfg: RunConfig, world: World, options: Options, sitting: Sitting, sto
 
     if options.fresh:
         world.on_rank_0(lambda: _move_aside(cfg.run_folder))
-    checkpoint = world.together(lambda: newest(world, cfg.run_folder))
+    checkpoint = world.together(lambda: newest(world, cfg.run_folder, options.from_step))
     if checkpoint:
         world.together(lambda: _check_identity(checkpoint, cfg, tokenizer, options))
     at = _position(checkpoint)
