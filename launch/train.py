@@ -17,7 +17,10 @@ from llm import cli  # noqa: E402 - the clock above counts imports as well
 
 
 def main() -> None:
-    args = _parser().parse_args()
+    parser = _parser()
+    args = parser.parse_args()
+    if args.from_step is not None and (args.fresh or args.init_from):
+        parser.error("--from-step goes on from a checkpoint of this very run: leave out --fresh and --init-from")
     from llm import dist
     from llm.config import load_config
     from llm.train.launcher_watch import watch_launcher
@@ -36,7 +39,18 @@ def main() -> None:
 
         wish = Wish(only_new=args.only_new, reset_epoch=args.reset_epoch, dataset=args.dataset)
         accepted = tuple(args.accept_change or ())
-        train(cfg, world, Options(STARTED_AT, args.steps_today, args.minutes_today, wish, args.init_from, args.fresh, accepted, args.steal_lock))
+        options = Options(
+            STARTED_AT,
+            steps_today=args.steps_today,
+            minutes_today=args.minutes_today,
+            wish=wish,
+            init_from=args.init_from,
+            fresh=args.fresh,
+            accept_change=accepted,
+            from_step=args.from_step,
+            steal_lock=args.steal_lock,
+        )
+        train(cfg, world, options)
 
 
 def _parser() -> cli.Parser:
@@ -51,6 +65,7 @@ def _parser() -> cli.Parser:
     data.add_argument("--reset-epoch", action="store_true", help="another pass over data that the run has finished")
     data.add_argument("--rechunk", action="store_true", help="allow shards that were made for another seq_len")
     start = parser.add_argument_group("starting and going on")
+    start.add_argument("--from-step", type=int, metavar="N", help="go on from the checkpoint of step N; newer ones stay as they are")
     start.add_argument("--init-from", metavar="RUN|FOLDER", help="start a new run from another one's weights")
     start.add_argument("--fresh", action="store_true", help="move an existing run of this name aside and begin at step 0")
     start.add_argument("--accept-change", action="append", metavar="FIELD", help="go on although this setting has changed, for example train.lr")

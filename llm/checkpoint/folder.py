@@ -45,6 +45,22 @@ def entries(run: Path) -> list[Entry]:
     return sorted(found)
 
 
+def parse_name(name: str) -> tuple[int, int]:
+    """(attempt, step) of a committed checkpoint's name."""
+    match = _COMMITTED.fullmatch(name)
+    assert match, name
+    return int(match[2]), int(match[1])
+
+
+def other_branches(run: Path, attempt: int, lineage: list[str]) -> set[Path]:
+    """Checkpoints that are no ancestors of what `attempt` saves: what came after a step that someone went back to on purpose.
+
+    `lineage`: from which checkpoint each attempt in its history went on. Their names tell it even when they are long deleted.
+    """
+    left_at = dict(map(parse_name, lineage))
+    return {e.path for e in entries(run) if e.attempt != attempt and e.step > left_at.get(e.attempt, -1)}
+
+
 def next_attempt(run: Path) -> int:
     """One more than any attempt that left a trace, committed or not."""
     names = [p.name for folder in (run, run / "quarantine") if folder.is_dir() for p in folder.iterdir()]

@@ -59,6 +59,8 @@ class Manifest(_Record):
     step: NonNegativeInt
     tokens_seen: NonNegativeInt
     parent: Parent | None
+    lineage: list[Annotated[str, Field(pattern=r"^step-\d{9}-a\d+$")]] = []
+    """The checkpoint that each attempt in its own history went on from, oldest first; names stay true after deletion."""
     world_size: NonNegativeInt
     global_rows: NonNegativeInt
     config: dict[str, Any]

@@ -60,12 +60,12 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> Checkpoint:
     raise CheckpointError(f"{path}: none of its {len(found)} checkpoints is sound.")
 
 
-def newest(world: World, run: Path) -> Checkpoint | None:
-    """The checkpoint to go on from, the same on every rank; None for a run that never committed one. Collective.
+def newest(world: World, run: Path, step: int | None = None) -> Checkpoint | None:
+    """The checkpoint to go on from (of `step`, if given), the same on every rank; None for a run that never committed one. Collective.
 
     A damaged one is named and moved to quarantine, and the next older is tried. Raises CheckpointError when none is left.
     """
-    names = world.on_rank_0(lambda: [e.path.name for e in reversed(folder.entries(run))])
+    names = world.on_rank_0(lambda: _candidates(run, step))
     for name in names:
         path = run / name
         manifest, problem = None, None
@@ -82,9 +82,22 @@ def newest(world: World, run: Path) -> Checkpoint | None:
         if world.rank == 0:
             log.error(f"{problem}. This checkpoint is not used; it is now in {folder.quarantine(path)}.")
         world.barrier()
+    if step is not None:  # another step than the one asked for is for a person to choose
+        world.on_rank_0(lambda: _candidates(run, step))
     if names or world.on_rank_0(lambda: folder.has_committed(run)):
         raise CheckpointError(
             f"{run}: the run has saved before, but no sound checkpoint is left. It does not start again from step 0 by itself: "
             f"restore a checkpoint folder, or give --fresh, which moves the old run aside and begins anew."
         )
     return None
+
+
+def _candidates(run: Path, step: int | None) -> list[str]:
+    """The names of the checkpoints that may be resumed from, the best first."""
+    found = list(reversed(folder.entries(run)))
+    chosen = [e.path.name for e in found if step is None or e.step == step]
+    if step is not None and not chosen:
+        steps = ", ".join(f"{s:,}" for s in sorted({e.step for e in found}))
+        there = f"there are steps {steps}" if found else "it has no checkpoint at all"
+        raise CheckpointError(f"{run}: no checkpoint of step {step:,} to go on from; {there}.")
+    return chosen

@@ -42,6 +42,7 @@ class Keeper:
         self.run_id = parent.manifest.run_id if parent else world.broadcast(uuid.uuid4().hex)
         self.attempt = world.on_rank_0(lock.take)  # the lock's token: attempts that never saved count too
         self.parent = Parent(name=parent.folder.name, manifest_sha256=file_sha256(parent.folder / NAME)) if parent else None
+        self.lineage = [*parent.manifest.lineage, parent.folder.name] if parent else []
         self.resumed_from = parent.folder if parent else None
         self.saved_step = parent.manifest.step if parent else 0
         self.write_s = 0.0
@@ -97,6 +98,7 @@ class Keeper:
             step=at.step,
             tokens_seen=at.tokens_seen,
             parent=self.parent,
+            lineage=self.lineage,
             world_size=self.world.size,
             global_rows=self.plan.global_rows,
             config=self.cfg.model_dump(mode="json"),
@@ -123,6 +125,7 @@ class Keeper:
             self.view = seen_view(self._ledger, self.view)
             durable.write_text(self.run / "seen_datasets.json", json.dumps(self.view, indent=2) + "\n")
             protect = {path} | ({self.resumed_from} if self.resumed_from else set())
+            protect |= folder.other_branches(self.run, self.attempt, self.lineage)
             apply_retention(
                 self.run, keep_last=keep.keep_last, keep_best=keep.keep_best, keep_epochs=keep.keep_epochs, protect=protect
             )

@@ -49,6 +49,8 @@ class Options:
     init_from: str | None = None
     fresh: bool = False
     accept_change: tuple[str, ...] = ()
+    from_step: int | None = None
+    """Go on from the checkpoint of this step, beside the newer ones."""
     steal_lock: bool = False
 
 
@@ -73,7 +75,7 @@ def _train(cfg: RunConfig, world: World, options: Options, sitting: Sitting, sto
     world.on_rank_0(lambda: lock.take(options.steal_lock) if cfg.run_folder.is_dir() else None)
     if options.fresh:
         world.on_rank_0(lambda: _move_aside(cfg.run_folder, lock))
-    checkpoint = world.together(lambda: newest(world, cfg.run_folder))
+    checkpoint = world.together(lambda: newest(world, cfg.run_folder, options.from_step))
     if checkpoint:
         world.together(lambda: _check_identity(checkpoint, cfg, tokenizer, options))
     at = _position(checkpoint)
