@@ -9,6 +9,7 @@ import torch
 
 import llm
 from llm import durable
+from llm.checkpoint import folder
 from llm.checkpoint.lock import RunLock
 from llm.checkpoint.manifest import NAME, Manifest, Parameter, Parent
 from llm.checkpoint.resume import Checkpoint
