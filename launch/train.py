@@ -7,6 +7,9 @@
 SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 end a sitting: one checkpoint, then out; once more leaves at once. They may go to one
 worker or to the launcher. torchrun passes SIGUSR1 on and waits more than 30 s for a large checkpoint only when told:
   torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 300 ...
+
+Exit codes: 0 over, 2 your mistake, 3 needs a person (numbers gone bad, no room, no progress), 75 a hang or a lost rank: run it again.
+exit.json in the run's logs says why. With torchrun --max-restarts a run that fails again and again without progress gives up with 3.
 """
 
 import time
@@ -36,7 +39,7 @@ def main() -> None:
 
         wish = Wish(only_new=args.only_new, reset_epoch=args.reset_epoch, dataset=args.dataset)
         accepted = tuple(args.accept_change or ())
-        train(cfg, world, Options(STARTED_AT, args.steps_today, args.minutes_today, wish, args.init_from, args.fresh, accepted))
+        train(cfg, world, Options(STARTED_AT, args.steps_today, args.minutes_today, wish, args.init_from, args.fresh, accepted, args.retry_anyway))
 
 
 def _parser() -> cli.Parser:
@@ -55,6 +58,7 @@ def _parser() -> cli.Parser:
     start.add_argument("--fresh", action="store_true", help="move an existing run of this name aside and begin at step 0")
     start.add_argument("--accept-change", action="append", metavar="FIELD", help="go on although this setting has changed, for example train.lr")
     start.add_argument("--device", help="cpu, cuda, cuda:N or mps instead of the config's engine.device")
+    start.add_argument("--retry-anyway", action="store_true", help="start once more where several sittings have failed without progress")
     parser.add_argument("--local-rank", help="given by the deepspeed launcher; not used")
     return parser
 

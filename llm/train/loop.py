@@ -13,16 +13,14 @@ from llm.dist import World
 from llm.engine.protocol import Engine, Update
 from llm.log import UserError, log
 from llm.train.budget import Sitting, horizon
+from llm.train.exits import NeedsAPerson
 from llm.train.faults import StopFlag
 from llm.train.metrics import Metrics
 from llm.train.schedule import lr_at
+from llm.train.watchdog import Watchdog
 
 REFUSED_IN_A_ROW = 3
 FAILED_SAVES_IN_A_ROW = 3
-
-
-class TrainingFailed(UserError):
-    """Training cannot go on from here by itself."""
 
 
 @dataclass
@@ -51,6 +49,7 @@ def train_phase(
     metrics: Metrics,
     validate: Callable[[], dict[str, float]] | None,
     save: Callable[[Progress], None],
+    watchdog: Watchdog,
 ) -> str:
     """Train on the open phase until it, the budget or the sitting ends; returns why it stopped. Collective. `at` moves along.
 
@@ -71,13 +70,14 @@ def train_phase(
             failed_saves += 1
             log.error(f"The checkpoint of step {at.step:,} could not be saved: {error}. Older ones are untouched; training goes on.")
             if failed_saves == FAILED_SAVES_IN_A_ROW:
-                raise TrainingFailed(f"{failed_saves} checkpoints in a row could not be saved: {error}. Make room, then run again.") from None
+                raise NeedsAPerson(f"{failed_saves} checkpoints in a row could not be saved: {error}. Make room, then run again.") from None
         sitting.slowest_save_s = max(sitting.slowest_save_s, time.monotonic() - started_at)
 
     def accept(loss: float) -> bool:
         return math.isfinite(loss)
 
     while True:
+        watchdog.step_boundary(at.step)
         started_at = time.perf_counter()
         drawn, problem = at.ledger.open_phase.consumed, None
         try:
@@ -132,7 +132,7 @@ def train_phase(
     if problems:
         world.together(lambda: _reraise(problem))
     if refused == REFUSED_IN_A_ROW:
-        raise TrainingFailed(
+        raise NeedsAPerson(
             f"{refused} updates in a row were not finite, the last at step {at.step:,}. Nothing was saved since step {saved_step:,}. "
             f"Lower train.lr (with --accept-change train.lr) or look at the data of these steps with tools/ledger.py."
         )

@@ -27,12 +27,14 @@ from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.budget import Sitting, horizon
 from llm.train.datasets import open_shards, pool
 from llm.train.drift import check_drift
+from llm.train.exits import ExitNote
 from llm.train.faults import StopFlag
 from llm.train.keeper import Keeper
 from llm.train.loop import Progress, train_phase
 from llm.train.metrics import Metrics
 from llm.train.phases import Wish, choose_phase
 from llm.train.validate import token_byte_lengths, validate
+from llm.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -47,19 +49,28 @@ class Options:
     init_from: str | None = None
     fresh: bool = False
     accept_change: tuple[str, ...] = ()
+    retry_anyway: bool = False
 
 
 def train(cfg: RunConfig, world: World, options: Options) -> None:
     """Train for one sitting. Collective. Raises UserError, the same on every rank."""
     sitting = world.together(lambda: Sitting(options.started_at, options.steps_today, options.minutes_today))
-    stop = StopFlag(world.rank)
+    stop, note = StopFlag(world.rank), ExitNote(cfg.log_folder, world)
+    watchdog = Watchdog(cfg.train.hang_timeout_s, world.rank, note.write)
     try:
-        _train(cfg, world, options, sitting, stop)
+        _train(cfg, world, options, sitting, stop, note, watchdog)
+    except Exception as error:
+        if lost := note.failed(error):
+            raise lost from error
+        raise
     finally:
+        watchdog.close()
         stop.restore()
 
 
-def _train(cfg: RunConfig, world: World, options: Options, sitting: Sitting, stop: StopFlag) -> None:
+def _train(
+    cfg: RunConfig, world: World, options: Options, sitting: Sitting, stop: StopFlag, note: ExitNote, watchdog: Watchdog
+) -> None:
     tokenizer = world.together(lambda: load_tokenizer(cfg.tokenizer.tokenizer_path, cfg.tokenizer.tokenizer_type))
     model_config = world.together(lambda: cfg.model.with_vocab(tokenizer.vocab_size))
     cfg = cfg.model_copy(update={"model": model_config})
@@ -83,6 +94,7 @@ def _train(cfg: RunConfig, world: World, options: Options, sitting: Sitting, sto
     source = world.together(lambda: _source(options.init_from, tokenizer) if checkpoint is None else None)
     world.on_rank_0(lambda: _make_folders(cfg))  # only now: a mistake found above leaves nothing behind
     route_output(cfg.log_folder / f"rank-{world.rank}.log")
+    note.begin(at, options.retry_anyway)
     if not cfg.train.batch_tokens:  # the run's own global batch, which another number of ranks cuts otherwise
         cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"grad_accum": plan.accumulation})})
     engine = _engine(cfg, world, checkpoint, source)
@@ -90,13 +102,15 @@ def _train(cfg: RunConfig, world: World, options: Options, sitting: Sitting, sto
     _introduce(cfg, plan, world, checkpoint, at, chosen)
     metrics = _metrics(cfg, world)
     validator = _validator(cfg, plan, world, engine, tokenizer, val_shards)
+    validator = validator and watchdog.during("validation", validator)
+    save = watchdog.during("saving", keeper.save)
     first_step = at.step
     try:
         while isinstance(chosen, Ledger):
             at.ledger = chosen
             metrics.end_step = _end_step(cfg, plan, at, sitting)
             with closing(world.together(lambda: _stream(at.ledger, train_shards, plan, world))) as stream:
-                reason = train_phase(cfg, plan, world, engine, stream, at, sitting, stop, metrics, validator, keeper.save)
+                reason = train_phase(cfg, plan, world, engine, stream, at, sitting, stop, metrics, validator, save, watchdog)
             again = reason == "phase finished" and options.wish.only_new
             chosen = choose(Wish(only_new=True, dataset=options.wish.dataset)) if again else reason
     except Exception:
@@ -106,6 +120,7 @@ def _train(cfg: RunConfig, world: World, options: Options, sitting: Sitting, sto
         metrics.close()
     if world.rank == 0:
         _tell_sitting(cfg, at, sitting, metrics, first_step, chosen)
+    note.ended(chosen)
 
 
 def _move_aside(run: Path) -> None:
