@@ -12,7 +12,7 @@ from llm import durable
 from llm.checkpoint import folder
 from llm.checkpoint.manifest import File, Manifest, read_manifest
 from llm.checkpoint.rng import rng_state
-from llm.checkpoint.slices import Slice, coverage_gaps, state_hash, write_slices
+from llm.checkpoint.slices import Slice, check_finite, coverage_gaps, state_hash, write_slices
 from llm.dist import World
 from llm.log import UserError, log
 
@@ -63,6 +63,7 @@ def _agreed(world: World, temporary: Path, work: Callable) -> list:
 
 
 def _write_rank(world: World, temporary: Path, slices: list[Slice], add_files: Callable[[Path], None]) -> list[dict]:
+    check_finite(slices)
     tag = f"{world.rank:05d}-of-{world.size:05d}"
     shard = write_slices(temporary / f"shard-{tag}.safetensors", slices)
     (temporary / f"rank-{tag}.json").write_text(json.dumps(rng_state()))
