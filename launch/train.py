@@ -7,6 +7,9 @@
 SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 end a sitting: one checkpoint, then out; once more leaves at once. They may go to one
 worker or to the launcher. torchrun passes SIGUSR1 on and waits more than 30 s for a large checkpoint only when told:
   torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 300 ...
+
+Exit codes: 0 over, 2 your mistake, 3 needs a person (numbers gone bad, no room, no progress), 75 a hang or a lost rank: run it again.
+exit.json in the run's logs says why. With torchrun --max-restarts a run that fails again and again without progress gives up with 3.
 """
 
 import time
@@ -49,6 +52,7 @@ def main() -> None:
             accept_change=accepted,
             from_step=args.from_step,
             steal_lock=args.steal_lock,
+            retry_anyway=args.retry_anyway,
         )
         train(cfg, world, options)
 
@@ -71,6 +75,7 @@ def _parser() -> cli.Parser:
     start.add_argument("--accept-change", action="append", metavar="FIELD", help="go on although this setting has changed, for example train.lr")
     start.add_argument("--steal-lock", action="store_true", help="take over a run whose lock is another host's; be sure that its job is dead")
     start.add_argument("--device", help="cpu, cuda, cuda:N or mps instead of the config's engine.device")
+    start.add_argument("--retry-anyway", action="store_true", help="start once more where several sittings have failed without progress")
     parser.add_argument("--local-rank", help="given by the deepspeed launcher; not used")
     return parser
 

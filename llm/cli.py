@@ -1,10 +1,14 @@
-"""Command lines: one parser for every script, and the place where a UserError becomes exit code 2."""
+"""Command lines: one parser for every script, and the place where a UserError becomes its exit code."""
 
 import argparse
 import sys
 from collections.abc import Callable
 
-from llm.log import UserError, terminal
+from llm.log import MISTAKE, UserError, terminal
+
+NEEDS_A_PERSON = 3  # training cannot go on by itself, and a retry would end the same way
+RETRY = 75  # EX_TEMPFAIL of sysexits.h: a hang or a lost rank
+__all__ = ["MISTAKE", "NEEDS_A_PERSON", "RETRY", "Parser", "byte_count", "parser", "run"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -37,13 +41,13 @@ def _dashed(word: str) -> str:
 
 
 def run(main: Callable[[], int | None]) -> None:
-    """Run a script's `main` and leave with its exit code; 2 and one paragraph for a UserError, 130 for Ctrl-C."""
+    """Run a script's `main` and leave with its exit code; one paragraph and its own code (mostly 2) for a UserError, 130 for Ctrl-C."""
     try:
         code = main() or 0
     except UserError as error:
         if not error.told:
             print(f"error: {error}", file=sys.stderr if terminal() is sys.stdout else terminal(), flush=True)
-        code = 2
+        code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=terminal(), flush=True)
         code = 130

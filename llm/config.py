@@ -168,6 +168,9 @@ class TrainConfig(Section):
     clip_norm: PositiveFloat | None = 1.0
     """Global L2 norm; None leaves gradients alone."""
     seed: NonNegativeInt = 1337
+    hang_timeout_s: PositiveFloat | None = 1800.0
+    """A rank that takes longer for one step shows where it is and leaves with code 75; 4 times as long at the start, in validation and in
+    saving. None: waits for ever."""
     eval_every: Interval = "10%"
     eval_rows: NonNegativeInt = 256
     """Validation rows (of seq_len tokens) per evaluation; 0: all."""

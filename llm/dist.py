@@ -77,14 +77,15 @@ class World:
             result = work()
         except UserError as error:
             mine = error
-        failures = self.gather(None if mine is None else str(mine))
+        failures = self.gather(None if mine is None else [str(mine), mine.exit_code])
         first = next((f for f in failures if f is not None), None)
         if first is None:
             return result
-        error = mine if mine is not None else UserError(first)
+        error = mine if mine is not None else UserError(first[0])
+        error.exit_code = first[1]  # whichever rank the launcher looks at
         if self.size > 1:
             if self.rank == 0 and not error.told:
-                log.error(first)
+                log.error(first[0])
             terminal().flush()
             self.barrier()  # else a launcher may kill rank 0 for another rank's exit before it has told
             error.told = True
@@ -140,8 +141,18 @@ def start(*, init_method: str | None = None, place: tuple[int, int, int] | None 
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     timeout = timedelta(minutes=timeout_minutes)
     backend = "cpu:gloo,cuda:nccl" if has_cuda else "gloo"
-    dist.init_process_group(backend, init_method=init_method, rank=rank, world_size=size, timeout=timeout)
+    restartable = init_method is None and "TORCHELASTIC_RESTART_COUNT" in os.environ
+    meeting = {"store": _store_of_this_start(timeout)} if restartable else {"init_method": init_method}
+    dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, **meeting)
     return World(rank, size, local_rank, group=dist.new_group(backend="gloo", timeout=timeout))
+
+
+def _store_of_this_start(timeout: timedelta) -> Any:
+    """torchrun's store, a part of it for each restart: with a fixed port it still holds the addresses of ranks that are dead."""
+    import torch.distributed as dist
+
+    store, _, _ = next(dist.rendezvous("env://", timeout=timeout))
+    return dist.PrefixStore(f"start-{os.environ['TORCHELASTIC_RESTART_COUNT']}", store)
 
 
 @contextmanager
@@ -155,6 +166,14 @@ def joined() -> Iterator[World]:
             stop(world)
         raise
     stop(world)
+
+
+def is_lost_rank(error: BaseException) -> bool:
+    """Whether a collective failed because another rank has gone or does not answer."""
+    import torch.distributed as dist
+
+    words = ("closed by peer", "reset by peer", "broken pipe", "timed out", "timeout", "connection refused", "remote process exited")
+    return isinstance(error, dist.DistError) or (isinstance(error, RuntimeError) and any(w in str(error).lower() for w in words))
 
 
 def stop(world: World) -> None:

@@ -11,11 +11,13 @@ from pathlib import Path
 from typing import TextIO
 
 log = logging.getLogger("tally")
+MISTAKE = 2  # exit code
 
 
 class UserError(Exception):
     """A mistake of the user's, told in one paragraph: what was wrong with its value, where, what to do. Ends in exit code 2."""
 
+    exit_code = MISTAKE
     told = False  # set once it has been printed, so that no second rank prints it again
 
 

@@ -15,7 +15,7 @@ from llm.checkpoint import folder
 from llm.checkpoint.lock import LockLost
 from llm.checkpoint.manifest import File, Manifest, read_manifest
 from llm.checkpoint.rng import rng_state
-from llm.checkpoint.slices import Slice, coverage_gaps, state_hash, write_slices
+from llm.checkpoint.slices import Slice, check_finite, coverage_gaps, state_hash, write_slices
 from llm.checkpoint.staging import Staging
 from llm.dist import World
 from llm.log import UserError, log
@@ -155,6 +155,7 @@ class Save:
         raise kind(f"checkpoint of step {self.manifest.step:,} could not be saved: {why}")
 
     def _write_files(self) -> list[dict]:
+        check_finite(self._slices)
         tag = f"{self.world.rank:05d}-of-{self.world.size:05d}"
         shard = write_slices(self._temporary / f"shard-{tag}.safetensors", self._slices)
         (self._temporary / f"rank-{tag}.json").write_text(self._rng)

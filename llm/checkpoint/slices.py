@@ -41,6 +41,13 @@ class Slice:
         return f"{self.name}/{self.kind}/{self.start}"
 
 
+def check_finite(slices: Iterable[Slice]) -> None:
+    """Raises ValueError that names the first slice with a NaN or an infinity: such a state is worth nothing, and must not push a good one out."""
+    for s in slices:
+        if s.values.numel() and not s.values.isfinite().all():
+            raise ValueError(f"{s.name}/{s.kind} holds values that are not finite")
+
+
 def write_slices(path: Path, slices: Iterable[Slice]) -> dict:
     """Write one safetensors file and fsync it; returns its manifest record {path, bytes, sha256, chunks}. Raises OSError.
 

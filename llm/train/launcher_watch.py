@@ -1,10 +1,10 @@
 """No worker outlives its launcher: torchrun and deepspeed leave theirs behind when they are killed."""
 
+import atexit
 import os
 import signal
 import sys
 import threading
-import time
 from pathlib import Path
 
 LAUNCHER_GONE = signal.SIGUSR2  # not one that people send: what it asks for is never mistaken for their second request
@@ -23,7 +23,15 @@ def watch_launcher() -> None:
     if os.getppid() != parent or runner == 1:  # too late to be told
         os.kill(os.getpid(), LAUNCHER_GONE)
         return
-    threading.Thread(target=_look, args=(parent, runner), name="launcher-watch", daemon=True).start()
+    leaving = threading.Event()
+    thread = threading.Thread(target=_look, args=(parent, runner, leaving), name="launcher-watch", daemon=True)
+    thread.start()
+
+    def end_it() -> None:  # a daemon thread that wakes up while the interpreter is taken down aborts the process
+        leaving.set()
+        thread.join()
+
+    atexit.register(end_it)
 
 
 def _ask_the_kernel() -> None:
@@ -35,10 +43,11 @@ def _ask_the_kernel() -> None:
     ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, int(LAUNCHER_GONE), 0, 0, 0)  # refused: the thread looks, too
 
 
-def _look(parent: int, runner: int | None) -> None:
-    while os.getppid() == parent and (runner is None or _parent_of(parent) == runner):
-        time.sleep(LOOK_EVERY_S)
-    os.kill(os.getpid(), LAUNCHER_GONE)
+def _look(parent: int, runner: int | None, leaving: threading.Event) -> None:
+    while not leaving.wait(LOOK_EVERY_S):
+        if os.getppid() != parent or (runner is not None and _parent_of(parent) != runner):
+            os.kill(os.getpid(), LAUNCHER_GONE)
+            return
 
 
 def _deepspeed_runner(parent: int) -> int | None:

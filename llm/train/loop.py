@@ -14,19 +14,17 @@ from llm.dist import World
 from llm.engine.protocol import Engine, Update
 from llm.log import UserError, log
 from llm.train.budget import Sitting, horizon
+from llm.train.exits import NeedsAPerson
 from llm.train.faults import StopFlag
 from llm.train.metrics import Metrics
 from llm.train.schedule import lr_at
+from llm.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
     from llm.train.keeper import Keeper
 
 REFUSED_IN_A_ROW = 3
 FAILED_SAVES_IN_A_ROW = 3
-
-
-class TrainingFailed(UserError):
-    """Training cannot go on from here by itself."""
 
 
 @dataclass
@@ -55,6 +53,7 @@ def train_phase(
     metrics: Metrics,
     validate: Callable[[], dict[str, float]] | None,
     keeper: "Keeper",
+    watchdog: Watchdog,
 ) -> str:
     """Train on the open phase until it, the budget or the sitting ends; returns why it stopped. Collective. `at` moves along.
 
@@ -70,16 +69,16 @@ def train_phase(
         nonlocal saved_step, failed_saves
         started_at = time.monotonic()
         try:
-            step = part()
+            step = watchdog.during("saving", part)()
             if step is not None:
                 saved_step, failed_saves = step, 0
         except Fenced as error:
-            raise TrainingFailed(f"The {error}. The last one is of step {saved_step:,}.") from None
+            raise NeedsAPerson(f"The {error}. The last one is of step {saved_step:,}.") from None
         except SaveFailed as error:
             failed_saves += 1
             log.error(f"The {error}. Older ones are untouched; training goes on.")
             if failed_saves == FAILED_SAVES_IN_A_ROW:
-                raise TrainingFailed(f"{failed_saves} checkpoints in a row could not be saved. The {error}. Make room, then run again.") from None
+                raise NeedsAPerson(f"{failed_saves} checkpoints in a row could not be saved. The {error}. Make room, then run again.") from None
         # at the end one may still be on its way, and another has to follow
         sitting.slowest_save_s = max(sitting.slowest_save_s, time.monotonic() - started_at, 2 * keeper.write_s)
 
@@ -91,6 +90,7 @@ def train_phase(
         return math.isfinite(loss)
 
     while True:
+        watchdog.step_boundary(at.step)
         started_at = time.perf_counter()
         drawn, problem = at.ledger.open_phase.consumed, None
         try:
@@ -148,12 +148,12 @@ def train_phase(
     if problems:
         world.together(lambda: _reraise(problem))
     if refused == REFUSED_IN_A_ROW:
-        raise TrainingFailed(
+        raise NeedsAPerson(
             f"{refused} updates in a row were not finite, the last at step {at.step:,}. Nothing was saved since step {saved_step:,}. "
             f"Lower train.lr (with --accept-change train.lr) or look at the data of these steps with tools/ledger.py."
         )
     if at.step > saved_step:
-        raise TrainingFailed(f"Steps {saved_step + 1:,} to {at.step:,} are in no checkpoint. Make room, then run again: they are taken anew.")
+        raise NeedsAPerson(f"Steps {saved_step + 1:,} to {at.step:,} are in no checkpoint. Make room, then run again: they are taken anew.")
     if at.ledger.open_phase is None:
         return "phase finished"
     if at.step == over.end:

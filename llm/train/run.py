@@ -29,12 +29,14 @@ from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.budget import Sitting, horizon
 from llm.train.datasets import open_shards, pool
 from llm.train.drift import check_drift
+from llm.train.exits import ExitNote
 from llm.train.faults import StopFlag
 from llm.train.keeper import Keeper
 from llm.train.loop import Progress, train_phase
 from llm.train.metrics import Metrics
 from llm.train.phases import Wish, choose_phase
 from llm.train.validate import token_byte_lengths, validate
+from llm.train.watchdog import Watchdog
 
 
 @dataclass(frozen=True)
@@ -52,20 +54,29 @@ class Options:
     from_step: int | None = None
     """Go on from the checkpoint of this step, beside the newer ones."""
     steal_lock: bool = False
+    retry_anyway: bool = False
 
 
 def train(cfg: RunConfig, world: World, options: Options) -> None:
     """Train for one sitting. Collective. Raises UserError, the same on every rank."""
     sitting = world.together(lambda: Sitting(options.started_at, options.steps_today, options.minutes_today))
-    stop, lock = StopFlag(world.rank), RunLock(cfg.run_folder)
+    stop, lock, note = StopFlag(world.rank), RunLock(cfg.run_folder), ExitNote(cfg.log_folder, world)
+    watchdog = Watchdog(cfg.train.hang_timeout_s, world.rank, note.write)
     try:
-        _train(cfg, world, options, sitting, stop, lock)
+        _train(cfg, world, options, sitting, stop, lock, note, watchdog)
+    except Exception as error:
+        if lost := note.failed(error):
+            raise lost from error
+        raise
     finally:
+        watchdog.close()
         lock.release()
         stop.restore()
 
 
-def _train(cfg: RunConfig, world: World, options: Options, sitting: Sitting, stop: StopFlag, lock: RunLock) -> None:
+def _train(
+    cfg: RunConfig, world: World, options: Options, sitting: Sitting, stop: StopFlag, lock: RunLock, note: ExitNote, watchdog: Watchdog
+) -> None:
     tokenizer = world.together(lambda: load_tokenizer(cfg.tokenizer.tokenizer_path, cfg.tokenizer.tokenizer_type))
     model_config = world.together(lambda: cfg.model.with_vocab(tokenizer.vocab_size))
     cfg = cfg.model_copy(update={"model": model_config})
@@ -91,6 +102,7 @@ def _train(cfg: RunConfig, world: World, options: Options, sitting: Sitting, sto
     source = world.together(lambda: _source(options.init_from, tokenizer) if checkpoint is None else None)
     world.on_rank_0(lambda: _make_folders(cfg, lock))
     route_output(cfg.log_folder / f"rank-{world.rank}.log")
+    note.begin(at, options.retry_anyway)
     if not cfg.train.batch_tokens:  # the run's own global batch, which another number of ranks cuts otherwise
         cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"grad_accum": plan.accumulation})})
     engine = _engine(cfg, world, checkpoint, source)
@@ -98,13 +110,14 @@ def _train(cfg: RunConfig, world: World, options: Options, sitting: Sitting, sto
     _introduce(cfg, plan, world, checkpoint, at, chosen)
     metrics = _metrics(cfg, world)
     validator = _validator(cfg, plan, world, engine, tokenizer, val_shards)
+    validator = validator and watchdog.during("validation", validator)
     first_step = at.step
     try:
         while isinstance(chosen, Ledger):
             at.ledger = chosen
             metrics.end_step = _end_step(cfg, plan, at, sitting)
             with closing(world.together(lambda: _stream(at.ledger, train_shards, plan, world))) as stream:
-                reason = train_phase(cfg, plan, world, engine, stream, at, sitting, stop, metrics, validator, keeper)
+                reason = train_phase(cfg, plan, world, engine, stream, at, sitting, stop, metrics, validator, keeper, watchdog)
             again = reason == "phase finished" and options.wish.only_new
             chosen = choose(Wish(only_new=True, dataset=options.wish.dataset)) if again else reason
     except Exception:
@@ -115,6 +128,7 @@ def _train(cfg: RunConfig, world: World, options: Options, sitting: Sitting, sto
         metrics.close()
     if world.rank == 0:
         _tell_sitting(cfg, at, sitting, metrics, first_step, chosen)
+    note.ended(chosen)
 
 
 def _move_aside(run: Path, lock: RunLock) -> None:

@@ -301,3 +301,25 @@ def test_text_that_is_no_manifest_is_refused(tmp_path, text):
     (tmp_path / NAME).write_text(text)
     with pytest.raises(CheckpointError, match=NAME):
         read_manifest(tmp_path)
+
+
+def save_what_one_rank_has_spoilt(world: World, run: str) -> list[str]:
+    save_step(world, Path(run), 1)
+    told = []
+    for kind in range(len(KINDS)):
+        slices = state_of(2, world)
+        if world.rank == 1:
+            slices[kind].values[7] = (float("nan"), float("inf"), -float("inf"))[kind]
+        try:
+            save(world, Path(run), manifest_of(2, world), slices, add_tokenizer)
+        except SaveFailed as failure:
+            told.append(str(failure))
+    return told
+
+
+def test_a_state_that_is_not_finite_on_one_rank_is_published_by_none(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    first, second = run_ranks(save_what_one_rank_has_spoilt, 2, tmp_path, str(run))
+    assert first == second and [f"rank 1: w/{kind} holds" in told for kind, told in zip(KINDS, first, strict=True)] == [True] * 3
+    assert names(run) == {"RUN.json", "step-000000001-a1"}

@@ -1,7 +1,7 @@
-"""launch/train.py with a fault in it, for real launchers. FAULT is `kind phase step rank`; HOLD a folder to meet the test in.
+"""launch/train.py with a fault in it, for real launchers. FAULT is `phase step rank`; HOLD a folder to meet the test in.
 
-hold: the rank says that it is in the phase (a file `reached-RANK` with its pid) and waits there until the test makes a file `go`.
-Phases: init (engine built, nothing trained), step, eval, save.
+The rank (or all) says that it is in the phase (a file `reached-RANK` with its pid) and waits there until the test makes a file `go`.
+Phases: init (engine built, nothing trained), step, eval, save. `crash` raises in that step of the sitting instead.
 """
 
 import os
@@ -25,6 +25,10 @@ def hold(folder: Path, rank: str) -> None:
     while not (folder / "go").exists():
         assert time.monotonic() < give_up_at, "the test never said go"
         time.sleep(0.02)
+
+
+def crash() -> None:
+    raise ValueError("made for the test")
 
 
 def install(phase: str, step: int, rank: str) -> None:
@@ -51,7 +55,9 @@ def install(phase: str, step: int, rank: str) -> None:
         setattr(owner, name, wrapped)
 
     steps = iter(range(1, 10**9))
-    if phase == "step":
+    if phase == "crash":
+        before(loop, "step_digest", lambda: next(steps) == step and crash())
+    elif phase == "step":
         before(loop, "step_digest", lambda: next(steps) == step)
     elif phase == "init":
         before(run, "_metrics")

@@ -214,7 +214,7 @@ def test_a_full_disk_on_one_rank_costs_that_checkpoint_alone(tmp_path, way):
 def test_three_failed_saves_in_a_row_end_the_run_on_all_ranks(tmp_path, way):
     config = make_run(tmp_path)
     messages = run_ranks(fill_rank_1s_disk, 2, tmp_path, str(config), 4, 99, way)
-    assert all(m.startswith("TrainingFailed") and "3 checkpoints in a row" in m and "rank 1" in m for m in messages)
+    assert all(m.startswith("NeedsAPerson") and "3 checkpoints in a row" in m and "rank 1" in m for m in messages)
     run = load_config(config).run_folder
     assert [e.step for e in folder.entries(run)] == [2] and not list(run.glob(".tmp-*"))
     assert newest(World(), run).manifest.step == 2
@@ -223,7 +223,7 @@ def test_three_failed_saves_in_a_row_end_the_run_on_all_ranks(tmp_path, way):
 def test_a_sitting_whose_last_save_failed_does_not_end_well(tmp_path):
     config = make_run(tmp_path)
     messages = run_ranks(fill_rank_1s_disk, 2, tmp_path, str(config), 9, 99)
-    assert all(m.startswith("TrainingFailed") and "9 to 10" in m for m in messages)
+    assert all(m.startswith("NeedsAPerson") and "9 to 10" in m for m in messages)
 
 
 # ------------------------------------------------------------------ 5 saving while training goes on
@@ -318,7 +318,7 @@ def lose_the_lock(world: World, config: str, how: str) -> str:
 def test_a_job_that_lost_its_lock_stops_on_all_ranks_without_publishing(tmp_path, how, told):
     config = make_run(tmp_path)
     messages = run_ranks(lose_the_lock, 2, tmp_path, str(config), how)
-    assert all(m.startswith("TrainingFailed") and told in m for m in messages), messages
+    assert all(m.startswith("NeedsAPerson") and told in m for m in messages), messages
     run = load_config(config).run_folder
     assert [e.step for e in folder.entries(run)] == [4] and not list(run.glob(".tmp-*"))
     assert (run / "LOCK").exists() == (how == "stolen")

@@ -85,7 +85,7 @@ def test_an_error_between_two_updates_saves_first_and_is_raised(tmp_path):
 
 def lose_the_loss_in_the_third_step(world: World, config: str, times: int) -> str:
     from llm.engine.torch_engine import TorchEngine
-    from llm.train.loop import TrainingFailed
+    from llm.train.exits import NeedsAPerson
 
     original, steps = TorchEngine.train_step, iter(range(1000))
 
@@ -96,7 +96,7 @@ def lose_the_loss_in_the_third_step(world: World, config: str, times: int) -> st
     TorchEngine.train_step = failing
     try:
         sit(world, config)
-    except TrainingFailed as error:
+    except NeedsAPerson as error:
         return str(error)
     return "finished"
 
