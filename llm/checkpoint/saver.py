@@ -7,6 +7,7 @@ import shutil
 import time
 import uuid
 from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from threading import Thread
 
@@ -98,8 +99,13 @@ class Save:
     def write(self) -> None:
         """Write this rank's files and check them. An error waits for the vote."""
         started_at = time.monotonic()
-        self._written = self._outcome(lambda: [self._write_files(), state_hash(self._slices)])
+        self._written = self._outcome(self._write_and_hash)
         self.seconds = time.monotonic() - started_at
+
+    def _write_and_hash(self) -> list:
+        with ThreadPoolExecutor(1) as beside:  # both let go of Python's lock, and the disk is waited for anyway
+            rank_hash = beside.submit(state_hash, self._slices)
+            return [self._write_files(), rank_hash.result()]
 
     @property
     def written(self) -> bool:

@@ -3,7 +3,7 @@ import json
 import pytest
 import torch
 
-from llm.checkpoint.slices import KINDS, CheckpointError, Slice, SliceReader, coverage_gaps, state_hash, write_slices
+from llm.checkpoint.slices import KINDS, CheckpointError, Slice, SliceReader, _mixed_sum_cpu, _mixed_sum_gpu, coverage_gaps, state_hash, write_slices
 
 PARAMS = [("wide", (5, 7)), ("bias", (3,)), ("one", (1,))]
 
@@ -91,3 +91,11 @@ def test_negative_zero_and_nan_bits_survive_the_round_trip(tmp_path):
     record = write_slices(tmp_path / "x.safetensors", [Slice("w", "fp32", 0, values)])
     back = SliceReader(tmp_path, [("w", (4,))], [record]).read("w", "fp32", 0, 4)
     assert torch.equal(back.view(torch.int32), values.view(torch.int32))
+
+
+@pytest.mark.parametrize("start", [0, 5, 2**40])
+def test_the_state_hash_on_a_cpu_is_the_one_that_other_devices_compute(start):
+    values = torch.randn(40_001)  # several blocks, the last one short
+    values[:3] = torch.tensor([-0.0, float("inf"), -1e-40])
+    cpu, other = _mixed_sum_cpu(values.numpy(), start, -12345), _mixed_sum_gpu(values, start, -12345)
+    assert (cpu - other) % 2**64 == 0
