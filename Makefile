@@ -1,5 +1,6 @@
 # make quickstart   raw text to a trained, resumed model in minutes, each step shown as the command it is
 # make test         the whole test suite
+# make torture      the fault tests in full: every signal, launcher and phase
 # make check        style
 PYTHON ?= python3
 VENV ?= .venv
@@ -10,7 +11,7 @@ STEPS ?= 220
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: quickstart install test check clean
+.PHONY: quickstart install test torture check clean
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -41,6 +42,9 @@ RANKS = $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/nu
 
 test: install
 	python -m pytest
+
+torture: install
+	TORTURE=1 python -m pytest tests/faults tests/checkpoint tests/train
 
 check: install
 	ruff check .
