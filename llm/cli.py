@@ -1,8 +1,10 @@
 """Command lines: one parser for every script, and the place where a UserError becomes its exit code."""
 
 import argparse
+import os
 import sys
 from collections.abc import Callable
+from contextlib import suppress
 
 from llm.log import MISTAKE, UserError, terminal
 
@@ -51,7 +53,17 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=terminal(), flush=True)
         code = 130
-    sys.exit(code)
+    _leave(code)
+
+
+def _leave(code: int) -> None:
+    """End the process. With torch loaded at once: threads of its libraries may abort it while the interpreter is taken down, after all went well."""
+    if "torch" not in sys.modules:
+        sys.exit(code)
+    for stream in (sys.stdout, sys.stderr, terminal()):
+        with suppress(OSError, ValueError):  # the terminal may be gone
+            stream.flush()
+    os._exit(code)
 
 
 def byte_count(text: str) -> int:
