@@ -76,7 +76,7 @@ def test_a_signal_ends_every_rank_with_one_checkpoint_and_leaves_no_orphan(confi
 
 @pytest.mark.parametrize("phase", ["step 3", "save 0"])
 def test_a_second_signal_leaves_at_once_and_nothing_half_published(config, phase):
-    with Launched("python", config, "save_every=2", fault=f"{phase} all") as run:
+    with Launched("python", config, "save_every=2", "async_save=false", fault=f"{phase} all") as run:  # else one may be on its way
         (pid,) = run.reached(0)
         os.kill(pid, signal.SIGTERM)
         run.until(lambda: "SIGTERM: finishing" in run.output, "the first is noted")

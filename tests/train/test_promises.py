@@ -77,7 +77,7 @@ sit(World(), {config!r}, ["save_every=2", {save!r}], {fed!r}, retry_anyway=True)
 """
 
 
-def run_and_kill(config: Path, fed: Path, after: int, save: str) -> int:
+def run_and_kill(config: Path, fed: Path, after: int, save: str = "async_save=true") -> int:
     program = KILL_ITSELF.format(path=sys.path, after=after, config=str(config), fed=str(fed), save=save)
     environment = os.environ | {"OMP_NUM_THREADS": "1"}
     return subprocess.run([sys.executable, "-c", program], env=environment, timeout=120, capture_output=True).returncode
@@ -285,7 +285,7 @@ def test_a_kill_during_an_asynchronous_write_leaves_the_older_checkpoint_and_not
     whole = sit_alone(tmp_path, make_run(tmp_path / "whole"))
     config = make_run(tmp_path / "killed")
     program = KILL_ITSELF.replace("applied = 0", DIE_WHILE_WRITING.format(nth=2) + "applied = 0")
-    program = program.format(path=sys.path, after=99, config=str(config), fed=str(tmp_path / "fed"))
+    program = program.format(path=sys.path, after=99, config=str(config), fed=str(tmp_path / "fed"), save="async_save=true")
     done = subprocess.run([sys.executable, "-c", program], env=os.environ | {"OMP_NUM_THREADS": "1"}, timeout=120, capture_output=True, text=True)
     assert done.returncode == -signal.SIGKILL, done.stderr
     run = load_config(config).run_folder
