@@ -47,6 +47,7 @@ def save_model(folder, step, model, tokenizer):
         (temporary / "tokenizer").mkdir()
         tokenizer.save(temporary / "tokenizer")
 
+    folder.mkdir(exist_ok=True)
     save(World(), folder, manifest, slices, add_tokenizer)
 
 
