@@ -40,7 +40,7 @@ def main() -> None:
         from llm.train.phases import Wish
         from llm.train.run import Options, train
 
-        wish = Wish(only_new=args.only_new, reset_epoch=args.reset_epoch, dataset=args.dataset)
+        wish = world.together(lambda: Wish(args.only_new, args.reset_epoch, args.dataset, args.replay))
         accepted = tuple(args.accept_change or ())
         options = Options(
             STARTED_AT,
@@ -65,6 +65,7 @@ def _parser() -> cli.Parser:
     today.add_argument("--minutes-today", type=float, metavar="M", help="stop in time to have saved within M minutes, start-up included")
     data = parser.add_argument_group("which data")
     data.add_argument("--only-new", action="store_true", help="finish the open phase, then train on text the run has not held yet")
+    data.add_argument("--replay", type=float, metavar="PART", help="with --only-new: this part of the samples, such as 0.1, from old data again")
     data.add_argument("--dataset", metavar="NAME", help="train on this one of the datasets in data.data_path")
     data.add_argument("--reset-epoch", action="store_true", help="another pass over data that the run has finished")
     data.add_argument("--rechunk", action="store_true", help="allow shards that were made for another seq_len")

@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 
 from llm.config import ConfigError, RunConfig
-from llm.data.ledger import Phase
+from llm.data.phase import Phase
 from llm.train.schedule import Horizon
 
 

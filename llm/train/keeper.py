@@ -16,7 +16,8 @@ from llm.checkpoint.resume import Checkpoint
 from llm.checkpoint.saver import Save, apply_retention, file_sha256
 from llm.checkpoint.staging import Staging
 from llm.config import BatchPlan, RunConfig
-from llm.data.ledger import Ledger, seen_view
+from llm.data.ledger import Ledger
+from llm.data.seen import seen_view
 from llm.dist import World
 from llm.engine import Engine
 from llm.log import log

@@ -129,7 +129,7 @@ def train_phase(
             )
             at.metrics["train_loss"] = update.loss
 
-        at.epoch_end = (drawn + rows) // phase.samples > drawn // phase.samples
+        at.epoch_end = phase.passes(drawn + rows) > phase.passes(drawn)
         done = at.ledger.open_phase is None or at.step == over.end
         if validate and ((eval_every and at.step % eval_every == 0) or done):
             result = validate()

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -119,7 +119,7 @@ def _train(
             with closing(world.together(lambda: _stream(at.ledger, train_shards, plan, world))) as stream:
                 reason = train_phase(cfg, plan, world, engine, stream, at, sitting, stop, metrics, validator, keeper, watchdog)
             again = reason == "phase finished" and options.wish.only_new
-            chosen = choose(Wish(only_new=True, dataset=options.wish.dataset)) if again else reason
+            chosen = choose(replace(options.wish, reset_epoch=False)) if again else reason
     except Exception:
         _save_after_error(world, engine, keeper, at)
         raise
