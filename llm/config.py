@@ -135,6 +135,9 @@ class DataConfig(Section):
     """Keep the shard that an imported .jsonl becomes beside it; false: keep it in the run's folder."""
     rechunk: bool = False
     """Allow shards that were made for another seq_len."""
+    weights: dict[str, Annotated[int, Field(ge=1, le=1000)]] = {}
+    """Out of the sum of all weights, so many samples come from the dataset of that name (one that is not named: 1). The phase lasts until
+    each dataset has been passed `epochs` times, so a weighty one is passed more often. Empty: all samples alike, each once an epoch."""
 
     @property
     def datasets(self) -> dict[str, str]:

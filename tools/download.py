@@ -14,7 +14,7 @@ def main() -> None:
     parser = cli.parser(__doc__)
     parser.add_argument("--dataset", required=True, choices=sorted(RECIPES), help="pystdlib: this Python's own sources")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: data/raw/DATASET.jsonl")
-    parser.add_argument("--max-bytes", type=cli.byte_count, default=16_000_000, metavar="N", help="no more text than this (default: %(default)s)")
+    parser.add_argument("--max-bytes", type=cli.amount, default=16_000_000, metavar="N", help="no more text than this (default: %(default)s)")
     args = parser.parse_args()
 
     out = args.out or Path("data/raw") / f"{args.dataset}.jsonl"

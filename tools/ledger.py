@@ -6,6 +6,7 @@
   python tools/ledger.py seen checkpoints/toy my-text.txt  never, partly or fully; renamed and copied files are recognised
 """
 
+from itertools import islice
 from pathlib import Path
 
 from llm import cli
@@ -55,15 +56,19 @@ def _open(run: str, step: int | None = None):
 
 
 def _show(args) -> None:
-    from llm.data.ledger import seen_view
+    from llm.data.seen import seen_view
 
     _, ledger, line = _open(args.run, args.step)
     print(line)
     for phase in seen_view(ledger)["phases"]:
         steps = f"steps {phase['first_step']:,} to {phase['last_step']:,}" if phase["first_step"] else "not begun"
         print(f"\nphase {phase['phase']} ({phase['dataset']}), {phase['state']}: {phase['percent_done']:.2f} % of {phase['epochs']} epochs, {steps}")
-        for file in phase["files"]:
-            print(f"  {file['percent_seen']:6.2f} %  {file['tokens']:>14,} tokens  {file['file']}")
+        files = iter(phase["files"])
+        for share in phase["shares"]:
+            if len(phase["shares"]) > 1:
+                print(f"  {share['percent_of_draws']:6.2f} %  of the samples from {share['name']}:")
+            for file in islice(files, share["files"]):
+                print(f"  {file['percent_seen']:6.2f} %  {file['tokens']:>14,} tokens  {file['file']}")
 
 
 # ---------------------------------------------------------------- verify
@@ -90,14 +95,19 @@ def _verify(args) -> None:
 
 
 def _tell_audit(audit, global_rows: int) -> None:
-    phase, (whole, once_more) = audit.phase, audit.draws_each
-    counts = f"each of {phase.samples:,} samples drawn {whole} times" + (f", {once_more:,} of them once more" if once_more else "")
+    phase = audit.phase
+    counts = "; ".join(_counts(*counted, named=len(phase.shares) > 1) for counted in audit.draws_each)
     steps = phase.last_step - phase.first_step + 1 if phase.first_step else 0
     skipped = sum(s.stop - s.start for s in phase.skipped)
     print(f"phase {phase.name}: {phase.consumed:,} of {phase.total:,} draws walked: {counts}; {skipped:,} skipped; "
           f"{audit.targets:,} tokens; {steps:,} steps")  # fmt: skip
     if steps != -(-phase.consumed // global_rows):  # only today's batch is known, so this proves nothing wrong
         print(f"  note: {steps:,} steps of {global_rows} samples would be another number of draws: the global batch has changed on the way")
+
+
+def _counts(share, samples: int, whole: int, once_more: int, named: bool) -> str:
+    of = f" of {share.name}" if named else ""
+    return f"each of {samples:,} samples{of} drawn {whole} times" + (f", {once_more:,} of them once more" if once_more else "")
 
 
 def _token_problems(trained: int, recounted: int, masks_known: bool) -> list[str]:
@@ -188,7 +198,7 @@ def _unreadable(shards: list) -> list[str]:
 def _diff(args) -> None:
     (_, a, line_a), (_, b, line_b) = _open(args.run), _open(args.other)
     print(f"A {line_a}\nB {line_b}")
-    from llm.data.audit import seen_by_unit
+    from llm.data.seen import seen_by_unit
 
     units_a, units_b = seen_by_unit(a), seen_by_unit(b)
     both = [unit for unit in units_a if units_a[unit] and units_b.get(unit)]
@@ -213,7 +223,7 @@ def _tell_more(name: str, ledger, mine: dict[str, float], theirs: dict[str, floa
 
 
 def _seen(args) -> None:
-    from llm.data.audit import seen_by_unit
+    from llm.data.seen import seen_by_unit
 
     manifest, ledger, line = _open(args.run, args.step)
     print(line)

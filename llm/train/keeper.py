@@ -16,7 +16,8 @@ from llm.checkpoint.resume import Checkpoint
 from llm.checkpoint.saver import Save, apply_retention, file_sha256
 from llm.checkpoint.staging import Staging
 from llm.config import BatchPlan, RunConfig
-from llm.data.ledger import Ledger, seen_view
+from llm.data.ledger import Ledger
+from llm.data.seen import seen_view
 from llm.dist import World
 from llm.engine import Engine
 from llm.log import log
@@ -36,14 +37,16 @@ class Keeper:
         tokenizer: Tokenizer,
         parent: Checkpoint | None,
         lock: RunLock,
+        is_fork: bool = False,
     ):
+        """`parent`: where the run goes on from; with `is_fork` it is another run's, and this one begins its own history there."""
         self.cfg, self.plan, self.world, self.engine, self.tokenizer = cfg, plan, world, engine, tokenizer
         self.lock = lock
         self.run = cfg.run_folder
-        self.run_id = parent.manifest.run_id if parent else world.broadcast(uuid.uuid4().hex)
+        self.run_id = parent.manifest.run_id if parent and not is_fork else world.broadcast(uuid.uuid4().hex)
         self.attempt = world.on_rank_0(lock.take)  # the lock's token: attempts that never saved count too
         self.parent = Parent(name=parent.folder.name, manifest_sha256=file_sha256(parent.folder / NAME)) if parent else None
-        self.lineage = [*parent.manifest.lineage, parent.folder.name] if parent else []
+        self.lineage = [*parent.manifest.lineage, parent.folder.name] if parent and not is_fork else []
         self.resumed_from = parent.folder if parent else None
         self.saved_step = parent.manifest.step if parent else 0
         self.write_s = 0.0

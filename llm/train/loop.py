@@ -79,8 +79,10 @@ def train_phase(
             log.error(f"The {error}. Older ones are untouched; training goes on.")
             if failed_saves == FAILED_SAVES_IN_A_ROW:
                 raise NeedsAPerson(f"{failed_saves} checkpoints in a row could not be saved. The {error}. Make room, then run again.") from None
+        took_s = time.monotonic() - started_at
+        sitting.saving_s += took_s
         # at the end one may still be on its way, and another has to follow
-        sitting.slowest_save_s = max(sitting.slowest_save_s, time.monotonic() - started_at, 2 * keeper.write_s)
+        sitting.slowest_save_s = max(sitting.slowest_save_s, took_s, 2 * keeper.write_s)
 
     def save_now(wait: bool) -> None:
         attempt(keeper.finish)  # one at a time
@@ -120,7 +122,7 @@ def train_phase(
         at.chain = chain(at.chain, digest)
         at.step, at.updates = at.step + 1, at.updates + update.applied
         at.tokens_seen += n_targets * update.applied
-        sitting.count_step()
+        sitting.count_step(n_targets * update.applied)
         if update.applied:
             seconds = time.perf_counter() - started_at
             lr = lr_at(cfg.train, over, at.step - 1)
@@ -129,10 +131,12 @@ def train_phase(
             )
             at.metrics["train_loss"] = update.loss
 
-        at.epoch_end = (drawn + rows) // phase.samples > drawn // phase.samples
+        at.epoch_end = phase.passes(drawn + rows) > phase.passes(drawn)
         done = at.ledger.open_phase is None or at.step == over.end
         if validate and ((eval_every and at.step % eval_every == 0) or done):
+            validation_began = time.monotonic()
             result = validate()
+            sitting.validating_s += time.monotonic() - validation_began
             metrics.validation(at.step, result)
             at.metrics["val_loss"], at.metrics["val_step"] = result["loss"], float(at.step)
         elif at.metrics.get("val_step") != at.step:
