@@ -44,7 +44,7 @@ test: install
 	python -m pytest
 
 torture: install
-	TORTURE=1 python -m pytest tests/faults tests/checkpoint tests/train
+	TORTURE=1 python -m pytest tests/faults tests/checkpoint tests/train tests/corpus/test_tokenize_killed.py
 
 check: install
 	ruff check .
