@@ -10,7 +10,9 @@ from llm.tokenizer.train import train_bpe
 
 pytest.importorskip("gigatoken")
 
-DOCUMENTS = [f'document {i}: "quick", brown\n    ("Ꟑ", Ꟑ", 123{i}) = naïve 中文 😀",\n' * 3 for i in range(300)]
+# U+A7CF is a letter for gigatoken's tables and unassigned for tiktoken's, so only one of them parts it from the quote
+DOCUMENTS = [f'document {i}: "quick", brown\n    \ua7cf",\n "\ua7cf",\n, 123{i}) = naïve 中文 😀",\n' * 3 for i in range(300)]
+PLAIN = [f"document {i}: nothing that needs the reference" for i in range(300)]
 
 
 @pytest.fixture(scope="module")
@@ -56,14 +58,14 @@ def test_a_wrong_id_is_found_in_the_probes_in_the_first_text_and_later_in_one_ba
     with monkeypatch.context() as patch:
         wrong_from(len(probes()), patch)
         with pytest.raises(FastPathWrong, match=r"from token \d+ of a text that begins 'document"):
-            FastEncoder(tokenizer.rank_encoder).encode_batch(DOCUMENTS)
+            FastEncoder(tokenizer.rank_encoder).encode_batch(PLAIN)
     monkeypatch.setattr(fast, "CHECKED_CHARS", 0)
     wrong_from(len(probes()), monkeypatch)
     encoder = FastEncoder(tokenizer.rank_encoder)
     for _ in range(fast.CHECK_ONE_BATCH_OF - 1):
-        encoder.encode_batch(DOCUMENTS[:1])
+        encoder.encode_batch(PLAIN[:1])
     with pytest.raises(FastPathWrong):
-        encoder.encode_batch(DOCUMENTS[:1])
+        encoder.encode_batch(PLAIN[:1])
 
 
 def test_a_tokenizer_that_ranks_cannot_say_has_no_fast_encoder(tokenizer, tmp_path):
