@@ -71,6 +71,8 @@ class Manifest(_Record):
     engine: dict[str, Any]
     versions: dict[str, str]
     metrics: dict[str, float | None]
+    recent: dict[str, list[float]] = {}
+    """Losses and gradient norms of the last applied steps, which the spike guard judges by."""
     epoch_end: bool
     params: list[Parameter]
     files: list[File]

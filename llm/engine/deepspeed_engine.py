@@ -22,7 +22,7 @@ from llm.data.stream import Batch
 from llm.dist import World
 from llm.engine.ds_config import ds_config_path, load_ds_config
 from llm.engine.optimizer import adam_step, build_adamw, create_moments, set_adam_step, set_lr
-from llm.engine.protocol import EngineError, Reader, Update, count_targets, global_sum, named_shapes
+from llm.engine.protocol import EngineError, Reader, Update, count_targets, global_sums, named_shapes
 
 TESTED = "0.19"
 
@@ -46,7 +46,7 @@ class DeepSpeedEngine:
             scaled = loss * (self.world.size / n_targets)  # DeepSpeed averages over ranks; the global mean needs their sum
             self.engine.backward(scaled, scale_wrt_gas=False)
             rank_losses.append(loss.detach())
-        loss = global_sum(rank_losses, self.world) / n_targets
+        loss = global_sums(rank_losses, self.world)[0] / n_targets
         if not accept(loss):
             self._spoil_gradients()
         set_lr(self.adamw, lr)

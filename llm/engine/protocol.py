@@ -76,9 +76,13 @@ def count_targets(batch: Batch) -> int:
     return int((batch.targets_BT != -100).sum())
 
 
-def global_sum(rank_losses: list[torch.Tensor], world: World) -> float:
-    """Sum of summed losses over micro-batches and ranks, in fp64. Collective. The one wait for the device in a step."""
-    total = torch.stack(rank_losses).cpu().double().sum()
+def global_sums(rank_losses: list[torch.Tensor], world: World, *others: torch.Tensor) -> list[float]:
+    """The sum of summed losses over micro-batches and ranks, then that of each other scalar over ranks, in fp64. Collective.
+
+    Every rank gets the same bits. The one wait for the device in a step.
+    """
+    of_rank = torch.stack([*rank_losses, *others]).cpu().double()
+    totals = torch.cat([of_rank[: len(rank_losses)].sum(dim=0, keepdim=True), of_rank[len(rank_losses) :]])
     if world.size > 1:
-        dist.all_reduce(total, group=world.group)
-    return total.item()
+        dist.all_reduce(totals, group=world.group)
+    return totals.tolist()

@@ -109,6 +109,7 @@ class Keeper:
             engine=self.engine.state(),
             versions={"tally": llm.__version__, "torch": torch.__version__, "python": platform.python_version()},
             metrics=dict(at.metrics),
+            recent={key: list(values) for key, values in at.recent.items()},
             epoch_end=at.epoch_end,
             params=[Parameter(name=name, shape=list(shape)) for name, shape in self.engine.params],
             files=[],

@@ -184,6 +184,7 @@ def _position(checkpoint: Checkpoint | None) -> Progress:
         manifest.chain,
         manifest.engine["optimizer_step"],
         dict(manifest.metrics),
+        recent={key: list(values) for key, values in manifest.recent.items()},
     )
 
 
