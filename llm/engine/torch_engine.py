@@ -13,7 +13,7 @@ from llm.config import RunConfig
 from llm.data.stream import Batch
 from llm.dist import World
 from llm.engine.optimizer import adam_step, build_adamw, create_moments, set_adam_step, set_lr
-from llm.engine.protocol import Reader, Update, autocast, count_targets, global_sums, named_shapes
+from llm.engine.protocol import ForwardClock, Reader, Update, autocast, count_targets, global_sums, named_shapes
 
 
 class TorchEngine:
@@ -24,6 +24,7 @@ class TorchEngine:
         self.optimizer = build_adamw(model, cfg.train)
         create_moments(self.optimizer, list(model.parameters()))
         self.replica = distribute(model, world)
+        self.forward_clock = ForwardClock(world.device)
 
     def train_step(self, micro_batches: list[Batch], n_targets: int, lr: float, accept: Callable[[float], bool]) -> Update:
         assert n_targets > 0
@@ -31,7 +32,8 @@ class TorchEngine:
         for batch in micro_batches:
             accumulate_only = self.world.size > 1 and len(rank_losses) < len(micro_batches) - 1
             with self.replica.no_sync() if accumulate_only else nullcontext():
-                loss = self._loss(self.replica, batch)
+                with self.forward_clock:
+                    loss = self._loss(self.replica, batch)
                 (loss * (self.world.size / n_targets)).backward()  # DDP averages over ranks; the global mean needs their sum
             rank_losses.append(loss.detach())
         update = self._update(rank_losses, n_targets, lr, accept)

@@ -18,6 +18,7 @@ from llm.train.faults import StopFlag
 from llm.train.guard import Recent, SpikeGuard, refused_in_a_row
 from llm.train.metrics import Metrics
 from llm.train.schedule import lr_at
+from llm.train.stragglers import Stragglers
 from llm.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -77,6 +78,7 @@ def train_phase(
     if not phase.consumed:
         at.recent.clear()  # what was usual for other data says nothing about these
     guard = SpikeGuard(cfg.train.spike_sigma, cfg.train.spike_window, at.recent)
+    stragglers = Stragglers(world, cfg.log.log_every, metrics)
 
     def attempt(part: Callable[[], int | None]) -> None:
         """Do a part of a save. It returns the step that is in a checkpoint now, or None when its files are still being written."""
@@ -111,7 +113,9 @@ def train_phase(
         data_wait_s = time.perf_counter() - started_at
         wants_stop = bool(stop) or (world.rank == 0 and sitting.over() is not None)  # one clock decides
         counts = [count_targets(batches), step_digest(batches), int(wants_stop), int(problem is not None), int(keeper.written)]
-        n_targets, digest, stops, problems, ranks_written = world.sum_ints(counts)
+        n_targets, digest, stops, problems, ranks_written, *times = world.sum_ints([*counts, *stragglers.numbers()])
+        if times:
+            stragglers.judge(at.step, times)
         if ranks_written == world.size:
             attempt(keeper.finish)
         if stops or problems:
@@ -133,8 +137,9 @@ def train_phase(
         at.step, at.updates = at.step + 1, at.updates + update.applied
         at.tokens_seen += n_targets * update.applied
         sitting.count_step()
+        seconds = time.perf_counter() - started_at
+        stragglers.add(engine.forward_clock.take(), data_wait_s, seconds)
         if update.applied:
-            seconds = time.perf_counter() - started_at
             lr = lr_at(cfg.train, over, at.step - 1)
             metrics.step(
                 at.step, loss=update.loss, lr=lr, grad_norm=update.grad_norm, tokens=n_targets, seconds=seconds, data_wait_s=data_wait_s

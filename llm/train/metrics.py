@@ -53,6 +53,11 @@ class Metrics:
             self._write(step, "val", values)
             log.info(f"step {step:,}  validation loss {values['loss']:.4f}, {values['bits_per_byte']:.4f} bits per byte")
 
+    def ranks(self, step: int, values: dict[str, float]) -> None:
+        """How the ranks' own times compare, in seconds a step."""
+        if self.speaks:
+            self._write(step, "ranks", values)
+
     def fault(self, step: int, kind: str, why: str) -> None:
         """Something odd happened in this step: a line of its own in metrics.jsonl, a mark and its reason in TensorBoard."""
         if not self.speaks:
