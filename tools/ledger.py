@@ -2,6 +2,7 @@
 
   python tools/ledger.py show checkpoints/toy
   python tools/ledger.py verify checkpoints/toy            recount every sample, and find every shard again
+  python tools/ledger.py skipped checkpoints/toy           steps whose update was refused: why, which files and documents
   python tools/ledger.py diff checkpoints/toy checkpoints/other
   python tools/ledger.py seen checkpoints/toy my-text.txt  never, partly or fully; renamed and copied files are recognised
 """
@@ -19,12 +20,12 @@ class NotVerified(UserError):
 
 def main() -> None:
     parser = cli.parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="show|verify|diff|seen")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="show|verify|skipped|diff|seen")
     add = {name: commands.add_parser(name, help=text) for name, text in HELP.items()}
-    for name in ("show", "verify", "seen"):
+    for name in ("show", "verify", "skipped", "seen"):
         add[name].add_argument("run", help="a run's folder, or one of its checkpoints")
         add[name].add_argument("--step", type=int, help="the checkpoint of this step instead of the newest")
-    for name in ("verify", "seen"):
+    for name in ("verify", "skipped", "seen"):
         add[name].add_argument("--data", nargs="+", metavar="PATH", help="where its shards lie now, if not where the run's config says")
     add["verify"].add_argument("--quick", action="store_true", help="do not read the shards' tokens; their sizes and records only")
     add["diff"].add_argument("run", metavar="run_a")
@@ -39,6 +40,7 @@ def main() -> None:
 HELP = {
     "show": "phases, files, percentages and steps",
     "verify": "recompute the plan, count every sample, and look for the shards; exit code 2 if anything does not agree",
+    "skipped": "the steps whose update was not applied: the reason, and the files and documents of their samples",
     "diff": "which text one run has been trained on and the other has not, by content",
     "seen": "whether a raw file or a shard has been trained on, by content",
 }
@@ -192,6 +194,24 @@ def _unreadable(shards: list) -> list[str]:
     return problems
 
 
+# ---------------------------------------------------------------- skipped
+
+
+def _skipped(args) -> None:
+    from llm.data.origin import origins
+
+    manifest, ledger, line = _open(args.run, args.step)
+    print(line)
+    data = _Data(manifest.config, args.data)
+    for phase, skipped in [(p, s) for p in ledger.phases for s in p.skipped]:
+        print(f"\nstep {skipped.step:,}, phase {phase.name} ({phase.dataset}), draws {skipped.start:,} to {skipped.stop - 1:,}: {skipped.reason}")
+        for draw, origin in enumerate(origins(phase, skipped.start, skipped.stop, data.shards), skipped.start):
+            told = ", ".join(f"{file} document {n:,}" for file, n in origin.documents) or "its files are not here; --data PATH says where they are"
+            print(f"  draw {draw:,}: {origin.shard.name}, tokens {origin.start:,} to {origin.stop - 1:,}: {told}")
+    if not any(phase.skipped for phase in ledger.phases):
+        print("no step was skipped")
+
+
 # ---------------------------------------------------------------- diff
 
 
@@ -298,7 +318,7 @@ def _percent(fraction: float) -> str:
     return f"{int(fraction * 10_000) / 100:.2f} %"
 
 
-COMMANDS = {"show": _show, "verify": _verify, "diff": _diff, "seen": _seen}
+COMMANDS = {"show": _show, "verify": _verify, "skipped": _skipped, "diff": _diff, "seen": _seen}
 
 if __name__ == "__main__":
     cli.run(main)

@@ -23,6 +23,7 @@ from llm.engine import Engine
 from llm.log import log
 from llm.tokenizer import Tokenizer
 from llm.train.loop import Progress
+from llm.train.probe import Probe
 
 
 class Keeper:
@@ -37,11 +38,12 @@ class Keeper:
         tokenizer: Tokenizer,
         parent: Checkpoint | None,
         lock: RunLock,
+        probe: Probe,
         is_fork: bool = False,
     ):
         """`parent`: where the run goes on from; with `is_fork` it is another run's, and this one begins its own history there."""
         self.cfg, self.plan, self.world, self.engine, self.tokenizer = cfg, plan, world, engine, tokenizer
-        self.lock = lock
+        self.lock, self.probe = lock, probe
         self.run = cfg.run_folder
         self.run_id = parent.manifest.run_id if parent and not is_fork else world.broadcast(uuid.uuid4().hex)
         self.attempt = world.on_rank_0(lock.take)  # the lock's token: attempts that never saved count too
@@ -112,6 +114,8 @@ class Keeper:
             engine=self.engine.state(),
             versions={"tally": llm.__version__, "torch": torch.__version__, "python": platform.python_version()},
             metrics=dict(at.metrics),
+            recent={key: list(values) for key, values in at.recent.items()},
+            probe=self.probe.taken(),
             epoch_end=at.epoch_end,
             params=[Parameter(name=name, shape=list(shape)) for name, shape in self.engine.params],
             files=[],

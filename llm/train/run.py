@@ -36,6 +36,7 @@ from llm.train.keeper import Keeper
 from llm.train.loop import Progress, train_phase
 from llm.train.metrics import Metrics
 from llm.train.phases import Wish, choose_phase
+from llm.train.probe import ACCEPT, Probe, probe_shards
 from llm.train.summary import tell_sitting
 from llm.train.validate import token_byte_lengths, validate
 from llm.train.watchdog import Watchdog
@@ -126,7 +127,10 @@ def _train(
     if not cfg.train.batch_tokens:  # the run's own global batch, which another number of ranks cuts otherwise
         cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"grad_accum": plan.accumulation})})
     engine = _engine(cfg, world, checkpoint, source)
-    keeper = Keeper(cfg, plan, world, engine, tokenizer, checkpoint, lock, is_fork=begins)
+    probe = Probe(cfg, plan, world, engine, probe_shards(pool(train_shards), chosen))
+    if checkpoint:
+        world.together(lambda: probe.check(checkpoint.manifest, ACCEPT in options.accept_change))
+    keeper = Keeper(cfg, plan, world, engine, tokenizer, checkpoint, lock, probe, is_fork=begins)
     _introduce(cfg, plan, world, checkpoint, at, chosen)
     metrics = _metrics(cfg, world)
     validator = _validator(cfg, plan, world, engine, tokenizer, val_shards)
@@ -204,6 +208,7 @@ def _position(checkpoint: Checkpoint | None) -> Progress:
         manifest.chain,
         manifest.engine["optimizer_step"],
         dict(manifest.metrics),
+        recent={key: list(values) for key, values in manifest.recent.items()},
     )
 
 
