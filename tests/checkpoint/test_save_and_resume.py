@@ -12,7 +12,7 @@ import pytest
 import torch
 from ranks import run_ranks
 
-from llm.checkpoint import folder
+from llm.checkpoint import direct, folder
 from llm.checkpoint.manifest import NAME, Manifest, Parameter, read_manifest
 from llm.checkpoint.resume import newest, open_checkpoint
 from llm.checkpoint.saver import SMALL_FILES_BYTES, SaveFailed, apply_retention, save
@@ -66,30 +66,17 @@ def test_a_saved_checkpoint_opens_on_another_number_of_ranks(tmp_path):
 
 def save_where_one_rank_cannot_write(world: World, run: str) -> str:
     save_step(world, Path(run), 1)
-    slices = state_of(2, world)
-    if world.rank == 1:  # this rank's disk fails in the middle of its file
-        slices[1] = Slice("w", "exp_avg", slices[1].start, BrokenTensor(slices[1].values))
+    if world.rank == 1:
+
+        def full(*args):
+            raise OSError(28, "No space left on device")
+
+        direct.os.pwrite = full
     try:
-        save(world, Path(run), manifest_of(2, world), slices, add_tokenizer)
+        save_step(world, Path(run), 2)
     except SaveFailed as error:
         return str(error)
     return "saved"
-
-
-class BrokenTensor:
-    """Looks like a tensor until its bytes are asked for."""
-
-    def __init__(self, values):
-        self.values = values
-
-    def numel(self) -> int:
-        return self.values.numel()
-
-    def isfinite(self):
-        return self.values.isfinite()
-
-    def __getitem__(self, index):
-        raise OSError(28, "No space left on device")
 
 
 def test_one_rank_that_cannot_write_aborts_the_save_on_all_and_the_older_checkpoint_stays(tmp_path):
