@@ -2,16 +2,18 @@
 
 import hashlib
 import json
+import math
 import re
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from llm.checkpoint.slices import CheckpointError
+from llm.checkpoint.slices import KINDS, CheckpointError, coverage_gaps
 
 NAME = "MANIFEST.json"
 FORMAT = "tally-checkpoint/1"
+WEIGHTS_FORMAT = "tally-weights/1"  # the same without the optimizer's moments
 MAX_BYTES = 1 << 30  # a forged size must not fill the memory
 
 
@@ -53,7 +55,7 @@ class Parent(_Record):
 class Manifest(_Record):
     """Everything but the tensors. `ledger` is llm.data's, `engine` the engine's own scalars, `config` the resolved run config."""
 
-    format: Literal["tally-checkpoint/1"] = FORMAT
+    format: Literal["tally-checkpoint/1", "tally-weights/1"] = FORMAT
     run_id: str
     attempt: NonNegativeInt
     step: NonNegativeInt
@@ -80,6 +82,17 @@ class Manifest(_Record):
     @property
     def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         return [(p.name, tuple(p.shape)) for p in self.params]
+
+    @property
+    def is_whole(self) -> bool:
+        """With the optimizer's moments, so that training can go on from it."""
+        return self.format == FORMAT
+
+    @property
+    def gaps(self) -> list[str]:
+        """What its files do not hold exactly once, in words."""
+        kinds = KINDS if self.is_whole else KINDS[:1]
+        return coverage_gaps([(name, math.prod(shape)) for name, shape in self.shapes], [f.model_dump() for f in self.files], kinds)
 
     def text(self) -> str:
         """The JSON to write, sealed with a hash of everything else."""

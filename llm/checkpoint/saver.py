@@ -1,8 +1,6 @@
 """Saving: every rank stages and writes its slices, all vote, rank 0 commits by one rename."""
 
-import hashlib
 import json
-import os
 import shutil
 import time
 import uuid
@@ -13,13 +11,14 @@ from threading import Thread
 
 from llm import durable
 from llm.checkpoint import folder
+from llm.checkpoint.hashes import small_record, tokenizer_records
 from llm.checkpoint.lock import LockLost
-from llm.checkpoint.manifest import File, Manifest, read_manifest
+from llm.checkpoint.manifest import File, Manifest
 from llm.checkpoint.rng import rng_state
-from llm.checkpoint.slices import Slice, check_finite, coverage_gaps, state_hash, write_slices
+from llm.checkpoint.slices import Slice, check_finite, state_hash, wrap, write_slices
 from llm.checkpoint.staging import Staging
 from llm.dist import World
-from llm.log import UserError, log
+from llm.log import UserError
 
 SMALL_FILES_BYTES = 4 << 20  # for a rank's headers and random states, the tokenizer, the manifest
 
@@ -121,14 +120,13 @@ class Save:
         self.wait()
         votes = self._vote(self._written)
         files = [record for records, _ in votes for record in records]
-        state = (sum(rank_hash for _, rank_hash in votes) + 2**63) % 2**64 - 2**63  # wraps as the sums of one rank do
+        state = wrap(sum(rank_hash for _, rank_hash in votes))
 
         def publish() -> None:
             if self.world.rank:
                 return
-            gaps = coverage_gaps([(p.name, _numel(p.shape)) for p in self.manifest.params], files)
-            assert not gaps, gaps
             whole = self.manifest.model_copy(update={"files": [File.model_validate(f) for f in files], "state_hash": state})
+            assert not whole.gaps, whole.gaps
             folder.publish(self._temporary, self.final, whole.text(), self._check)
             folder.mark_run(self.run, self.manifest.run_id)
 
@@ -165,54 +163,9 @@ class Save:
         tag = f"{self.world.rank:05d}-of-{self.world.size:05d}"
         shard = write_slices(self._temporary / f"shard-{tag}.safetensors", self._slices)
         (self._temporary / f"rank-{tag}.json").write_text(self._rng)
-        small = [self._temporary / f"rank-{tag}.json"]
+        records = [shard, small_record(self._temporary / f"rank-{tag}.json", self._temporary)]
         if self.world.rank == 0:
             self._add_files(self._temporary)
-            tokenizer = self._temporary / "tokenizer"
-            small += [p for p in tokenizer.iterdir() if p.is_file()] if tokenizer.is_dir() else []
-        records = [shard, *(_small_record(path, self._temporary) for path in small)]
+            records += tokenizer_records(self._temporary)
         durable.fsync_folder(self._temporary)
         return records
-
-
-def _small_record(path: Path, root: Path) -> dict:
-    content = path.read_bytes()
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    name = path.relative_to(root).as_posix()
-    return {"path": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "chunks": []}
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest_in_blocks(file)
-
-
-def _digest_in_blocks(file) -> str:  # Python 3.10 has no file_digest
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _numel(shape: list[int]) -> int:
-    n = 1
-    for size in shape:
-        n *= size
-    return n
-
-
-def apply_retention(run: Path, *, keep_last: int, keep_best: int, keep_epochs: bool, protect: set[Path]) -> None:
-    """Keep the newest, the best by validation loss, the ends of epochs and `protect`; delete the rest. Rank 0 only."""
-    found = folder.entries(run)
-    manifests = {}
-    for entry in found:
-        try:
-            manifests[entry.path] = read_manifest(entry.path)
-        except UserError as error:
-            log.warning(str(error))
-    scored = sorted((m.metrics.get("val_loss"), str(p), p) for p, m in manifests.items() if m.metrics.get("val_loss") is not None)
-    keep = {entry.path for entry in found[-keep_last:]} | {path for *_, path in scored[:keep_best]} | protect
-    keep |= {path for path, m in manifests.items() if keep_epochs and m.epoch_end}
-    keep |= {entry.path for entry in found if entry.path not in manifests}  # unreadable: for resume to judge, not for retention
-    folder.prune(run, keep)

@@ -6,6 +6,7 @@ engine, stage and number of ranks, writes that slice; whoever needs other bounds
 
 import hashlib
 import json
+import math
 from bisect import bisect_right
 from collections import defaultdict
 from collections.abc import Iterable
@@ -72,12 +73,12 @@ def write_slices(path: Path, slices: Iterable[Slice]) -> dict:
     return {"path": path.name, "bytes": size, "sha256": sha256, "chunks": chunks}
 
 
-def coverage_gaps(params: list[tuple[str, int]], files: list[dict]) -> list[str]:
+def coverage_gaps(params: list[tuple[str, int]], files: list[dict], kinds: tuple[str, ...] = KINDS) -> list[str]:
     """What is not covered exactly once, in words. `params`: (name, element count); `files`: manifest records."""
     intervals = _intervals(files)
     problems = []
     for name, numel in params:
-        for kind in KINDS:
+        for kind in kinds:
             reached = 0
             for start, n, _ in intervals.pop((name, kind), []):
                 if start != reached:
@@ -109,7 +110,7 @@ class SliceReader:
 
         spans = self._intervals.get((name, kind))
         if spans is None:
-            raise CheckpointError(f"{self.folder}: holds no {kind} of parameter '{name}'; it was saved from another model.")
+            raise CheckpointError(f"{self.folder}: holds no {kind} of parameter '{name}'; it was saved from another model, or thinned.")
         pieces, at = [], start
         first = max(0, bisect_right(spans, start, key=lambda s: s[0]) - 1)
         for begin, n, path in spans[first:]:
@@ -124,10 +125,7 @@ class SliceReader:
     def read_full(self, name: str, kind: str = "fp32") -> "torch.Tensor":
         """The whole parameter in its shape."""
         shape = self.shapes.get(name, ())
-        numel = 1
-        for n in shape:
-            numel *= n
-        return self.read(name, kind, 0, numel).view(shape)
+        return self.read(name, kind, 0, math.prod(shape)).view(shape)
 
     def _tensor(self, path: str, key: str, begin: int, stop: int) -> "torch.Tensor":
         from safetensors import safe_open
@@ -147,7 +145,12 @@ def state_hash(slices: Iterable[Slice]) -> int:
         name = int.from_bytes(hashlib.sha256(f"{s.name}/{s.kind}".encode()).digest()[:8], "little", signed=True)
         for begin in range(0, s.values.numel(), COPY_ELEMENTS):
             total += _mixed_sum(s.values[begin : begin + COPY_ELEMENTS], s.start + begin, name)
-    return (total + 2**63) % 2**64 - 2**63
+    return wrap(total)
+
+
+def wrap(number: int) -> int:
+    """As a signed 64-bit integer, the way sums over ranks wrap."""
+    return (number + 2**63) % 2**64 - 2**63
 
 
 _MASK = (1 << 64) - 1
