@@ -11,7 +11,6 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm import durable
 from llm.checkpoint import folder
 from llm.checkpoint.folder import Entry
 from llm.checkpoint.hashes import file_sha256, tokenizer_records
@@ -111,7 +110,6 @@ def _thin(whole: Path, manifest: Manifest, temporary: Path) -> None:
     files = [File.model_validate(record) for record in records]
     thinned = manifest.model_copy(update={"format": WEIGHTS_FORMAT, "parent": parent, "files": files, "state_hash": state})
     assert not thinned.gaps, thinned.gaps
-    durable.fsync_folder(temporary)
     folder.publish(temporary, whole.with_name(folder.weights_name(manifest.step, manifest.attempt)), thinned.text())
 
 

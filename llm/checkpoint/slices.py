@@ -30,6 +30,10 @@ class CheckpointError(UserError):
     """A checkpoint is missing, damaged, or of another run."""
 
 
+class NotFinite(ValueError):
+    """A state with a NaN or an infinity: worth nothing, and must not push a good one out."""
+
+
 @dataclass(frozen=True)
 class Slice:
     """Elements [start, start + len(values)) of the flattened parameter `name`; values are 1-D fp32 on any device."""
@@ -45,10 +49,10 @@ class Slice:
 
 
 def check_finite(slices: Iterable[Slice]) -> None:
-    """Raises ValueError that names the first slice with a NaN or an infinity: such a state is worth nothing, and must not push a good one out."""
+    """Raises NotFinite that names the first slice with a NaN or an infinity."""
     for s in slices:
         if s.values.numel() and not all(bound.isfinite() for bound in s.values.aminmax()):  # thirty times as fast as isfinite().all()
-            raise ValueError(f"{s.name}/{s.kind} holds values that are not finite")
+            raise NotFinite(f"{s.name}/{s.kind} holds values that are not finite")
 
 
 def write_slices(path: Path, slices: Iterable[Slice]) -> dict:

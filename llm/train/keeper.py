@@ -66,7 +66,7 @@ class Keeper:
         slices = list(self.engine.local_slices())
         self._ledger = at.ledger
         self._saving = Save(self.world, self.run, self._manifest(at), slices, self._add_tokenizer, self.lock.check, aside)
-        if aside:
+        if self._saving.is_staged:
             self._saving.start()
             return None
         self._saving.write()

@@ -75,7 +75,7 @@ def save_where_one_rank_cannot_write(world: World, run: str) -> str:
     try:
         save_step(world, Path(run), 2)
     except SaveFailed as error:
-        return str(error)
+        return f"{error}. {error.advice}"
     return "saved"
 
 
@@ -83,7 +83,7 @@ def test_one_rank_that_cannot_write_aborts_the_save_on_all_and_the_older_checkpo
     run = tmp_path / "run"
     run.mkdir()
     first, second = run_ranks(save_where_one_rank_cannot_write, 2, tmp_path, str(run))
-    assert first == second and "rank 1" in first and "No space left" in first
+    assert first == second and "rank 1" in first and "No space left" in first and "Make room" in first
     assert names(run) == {"step-000000001-a1", "RUN.json"}
     assert newest(World(), run).manifest.step == 1
 
@@ -294,7 +294,7 @@ def save_what_one_rank_has_spoilt(world: World, run: str) -> list[str]:
         try:
             save(world, Path(run), manifest_of(2, world), slices, add_tokenizer)
         except SaveFailed as failure:
-            told.append(str(failure))
+            told.append(f"{failure} {failure.advice}")
     return told
 
 
@@ -302,5 +302,9 @@ def test_a_state_that_is_not_finite_on_one_rank_is_published_by_none(tmp_path):
     run = tmp_path / "run"
     run.mkdir()
     first, second = run_ranks(save_what_one_rank_has_spoilt, 2, tmp_path, str(run))
-    assert first == second and ["rank 1: " in told and f"w/{kind} holds" in told for kind, told in zip(KINDS, first, strict=True)] == [True] * 3
+    assert (
+        first == second
+        and ["rank 1: " in told and f"w/{kind} holds" in told and "Lower train.lr" in told for kind, told in zip(KINDS, first, strict=True)]
+        == [True] * 3
+    )
     assert names(run) == {"RUN.json", "step-000000001-a1"}
