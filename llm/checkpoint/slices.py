@@ -123,7 +123,10 @@ class SliceReader:
             stop = min(begin + n, start + numel)
             pieces.append(self._tensor(path, f"{name}/{kind}/{begin}", at - begin, stop - begin))
             at = stop
-        assert at >= start + numel, (name, kind, start, numel, at)
+        if at < start + numel:
+            raise CheckpointError(
+                f"{self.folder}: {name}/{kind} ends at element {at:,}, {start + numel:,} are wanted; it was saved from another model."
+            )
         return pieces[0] if len(pieces) == 1 else torch.cat(pieces) if pieces else torch.empty(0)
 
     def read_full(self, name: str, kind: str = "fp32") -> "torch.Tensor":
@@ -132,11 +135,19 @@ class SliceReader:
         return self.read(name, kind, 0, math.prod(shape)).view(shape)
 
     def _tensor(self, path: str, key: str, begin: int, stop: int) -> "torch.Tensor":
-        from safetensors import safe_open
+        import torch
+        from safetensors import SafetensorError, safe_open
 
-        if path not in self._open:
-            self._open[path] = safe_open(self.folder / path, framework="pt")
-        return self._open[path].get_slice(key)[begin:stop]
+        try:
+            if path not in self._open:
+                self._open[path] = safe_open(self.folder / path, framework="pt")
+            values = self._open[path].get_slice(key)[begin:stop]
+        except (SafetensorError, OSError) as error:
+            raise CheckpointError(f"{self.folder / path}: is not as the manifest says ({error}).") from None
+        if values.dtype != torch.float32 or values.shape != (stop - begin,):
+            got = f"{tuple(values.shape)} of {values.dtype}"
+            raise CheckpointError(f"{self.folder / path}: '{key}' has {got} where the manifest has {stop - begin:,} values of fp32.")
+        return values
 
 
 def state_hash(slices: Iterable[Slice]) -> int:

@@ -102,6 +102,6 @@ def test_without_any_one_of_its_fsyncs_a_power_cut_can_break_a_save(tmp_path):
     unneeded = []
     for left_out, path in enumerate(recorder.fsyncs):
         (tmp_path / str(left_out)).mkdir()
-        if first_fault(tmp_path / str(left_out), "next_save", left_out, tries=40)[0] is None:
+        if first_fault(tmp_path / str(left_out), "next_save", left_out, tries=16)[0] is None:
             unneeded.append(path.partition("-")[0])
     assert unneeded == ["run/.tmp"]  # each rank's own, before the vote: on one machine the one after the manifest covers it
