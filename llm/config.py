@@ -222,6 +222,10 @@ class CheckpointConfig(Section):
     """So many of the best by validation loss are kept too."""
     keep_epochs: bool = True
     """Keep the checkpoint at the end of each epoch."""
+    keep_every: Interval = 0
+    """Keep the first checkpoint at or after each multiple of so many steps, or of such a part of the phase; 0: not for this reason."""
+    thin: bool = False
+    """What is kept beyond keep_last loses Adam's moments, two thirds of its size: good for generate and --init-from, not for going on."""
     async_save: bool = True
     """Write in a thread while training goes on, from a copy in host memory: 12 bytes for each parameter, shared out over the ranks."""
 

@@ -10,18 +10,21 @@ import torch
 import llm
 from llm import durable
 from llm.checkpoint import folder
+from llm.checkpoint.hashes import file_sha256
 from llm.checkpoint.lock import RunLock
 from llm.checkpoint.manifest import NAME, Manifest, Parameter, Parent
 from llm.checkpoint.resume import Checkpoint
-from llm.checkpoint.saver import Save, apply_retention, file_sha256
+from llm.checkpoint.retention import Retention, apply_retention
+from llm.checkpoint.saver import Save
 from llm.checkpoint.staging import Staging
-from llm.config import BatchPlan, RunConfig
+from llm.config import BatchPlan, RunConfig, interval_steps
 from llm.data.ledger import Ledger
 from llm.data.seen import seen_view
 from llm.dist import World
 from llm.engine import Engine
 from llm.log import log
 from llm.tokenizer import Tokenizer
+from llm.train.budget import horizon
 from llm.train.loop import Progress
 from llm.train.probe import Probe
 
@@ -68,7 +71,7 @@ class Keeper:
         slices = list(self.engine.local_slices())
         self._ledger = at.ledger
         self._saving = Save(self.world, self.run, self._manifest(at), slices, self._add_tokenizer, self.lock.check, aside)
-        if aside:
+        if self._saving.is_staged:
             self._saving.start()
             return None
         self._saving.write()
@@ -128,15 +131,16 @@ class Keeper:
 
     def _after_commit(self, path: Path) -> None:
         """What may fail without harm: the checkpoint is committed already."""
-        keep = self.cfg.checkpoint
         try:
             self.view = seen_view(self._ledger, self.view)
             durable.write_text(self.run / "seen_datasets.json", json.dumps(self.view, indent=2) + "\n")
             protect = {path} | ({self.resumed_from} if self.resumed_from else set())
-            protect |= folder.other_branches(self.run, self.attempt, self.lineage)
-            apply_retention(
-                self.run, keep_last=keep.keep_last, keep_best=keep.keep_best, keep_epochs=keep.keep_epochs, protect=protect
-            )
+            apply_retention(self.run, self._retention(), protect, folder.other_branches(self.run, self.attempt, self.lineage))
         except OSError as error:
             log.warning(f"After saving {path.name}: {error}.")
         log.info(f"saved {path}")
+
+    def _retention(self) -> Retention:
+        keep, phase = self.cfg.checkpoint, self._ledger.phases[-1]
+        every = interval_steps(keep.keep_every, horizon(self.cfg, phase, self.plan.global_rows, self.saved_step).length)
+        return Retention(keep.keep_last, keep.keep_best, keep.keep_epochs, every, keep.thin)

@@ -94,7 +94,7 @@ def train_phase(
             failed_saves += 1
             log.error(f"The {error}. Older ones are untouched; training goes on.")
             if failed_saves == FAILED_SAVES_IN_A_ROW:
-                raise NeedsAPerson(f"{failed_saves} checkpoints in a row could not be saved. The {error}. Make room, then run again.") from None
+                raise NeedsAPerson(f"{failed_saves} checkpoints in a row could not be saved. The {error}. {error.advice}") from None
         took_s = time.monotonic() - started_at
         sitting.saving_s += took_s
         # at the end one may still be on its way, and another has to follow
@@ -178,7 +178,7 @@ def train_phase(
             f"{_ADVICE_ON_REFUSALS}"
         )
     if at.step > saved_step:
-        raise NeedsAPerson(f"Steps {saved_step + 1:,} to {at.step:,} are in no checkpoint. Make room, then run again: they are taken anew.")
+        raise NeedsAPerson(f"Steps {saved_step + 1:,} to {at.step:,} are in no checkpoint. Mend that, then run again: they are taken anew.")
     if at.ledger.open_phase is None:
         return "phase finished"
     if at.step == over.end:

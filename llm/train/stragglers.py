@@ -9,7 +9,7 @@ from llm.train.metrics import Metrics
 
 SLOW = 1.3  # times the median of all ranks
 DATA_SHARE = 0.1  # of all time, spent waiting for one rank's data
-LEAST_S = 1e-3  # a step; less is the noise of a small model
+LEAST_S = 0.02  # a step; less is the noise of a small model
 MICRO = 1_000_000
 
 
@@ -17,13 +17,14 @@ class Stragglers:
     """Compares the ranks' forward passes, in which plain data parallel waits for nobody, and their waits for data.
 
     Every `every` steps the times travel in slots of their own with the counts that are summed anyway, so no collective is added.
-    Created and called on every rank. Each rank is told of once when it becomes slow, and once when it is so no more.
+    Created and called on every rank. Each rank is told of once when it has been slow twice running, and once when it is so no more.
     """
 
     def __init__(self, world: World, every: int, metrics: Metrics):
         self.world, self.every, self.metrics = world, every, metrics
         self.hosts = world.gather(socket.gethostname())
-        self.named: dict[int, str] = {}
+        self.named: set[int] = set()
+        self._slow_before: set[int] = set()
         self._forward_s = self._data_s = self._all_s = 0.0
         self._steps = -1  # the first one compiles and warms up
 
@@ -50,14 +51,15 @@ class Stragglers:
         slowest = max(range(self.world.size), key=lambda rank: forward_s[rank])
         values = {"forward_s_median": median_low(forward_s), "forward_s_max": forward_s[slowest], "slowest": slowest}
         self.metrics.ranks(step, values | {"data_wait_s_max": max(data_s)})
-        for rank in slow.keys() - self.named.keys():
+        lasting = slow.keys() & (self._slow_before | self.named)  # once may be chance
+        for rank in sorted(lasting - self.named):
             self.metrics.fault(step, "slow_rank", slow[rank])
             if self.world.rank == 0:
                 log.warning(f"step {step:,}: {slow[rank]}. All other ranks wait for it.")
-        for rank in sorted(self.named.keys() - slow.keys()):
+        for rank in sorted(self.named - lasting):
             if self.world.rank == 0:
                 log.info(f"step {step:,}: rank {rank} on {self.hosts[rank]} keeps up with the others again.")
-        self.named = slow
+        self.named, self._slow_before = lasting, set(slow)
 
     def _slow(self, forward_s: list[float], data_s: list[float], step_s: float) -> dict[int, str]:
         usual_forward, usual_data = median_low(forward_s), median_low(data_s)
