@@ -1,6 +1,7 @@
 """One file of fp32 values: written past the page cache, made durable, then read back from the device, compared with memory and hashed."""
 
 import errno
+import fcntl
 import hashlib
 import mmap
 import os
@@ -40,7 +41,7 @@ def write_checked(path: Path, row: list["torch.Tensor"]) -> tuple[int, str]:
                 pass
             os.ftruncate(handle, size)  # the last block was padded
             os.fsync(handle)
-            if not is_direct and hasattr(os, "posix_fadvise"):
+            if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
             def read(i: int) -> np.ndarray:
@@ -125,8 +126,10 @@ def _create(path: Path) -> tuple[int, bool]:
 def _write_all(handle: int, content: np.ndarray, offset: int, is_direct: bool) -> None:
     done = 0
     while done < len(content):
-        n = os.pwrite(handle, content[done:], offset + done)
-        n -= n % PAGE if is_direct else 0  # a disk that is nearly full takes a part
-        if n == 0:
-            raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC))
-        done += n
+        try:
+            done += os.pwrite(handle, content[done:], offset + done)
+        except OSError as error:  # a limit inside a page, or a file system that refuses only now: through the cache, or to the true error
+            if error.errno != errno.EINVAL or not is_direct:
+                raise
+            fcntl.fcntl(handle, fcntl.F_SETFL, fcntl.fcntl(handle, fcntl.F_GETFL) & ~os.O_DIRECT)
+            is_direct = False
