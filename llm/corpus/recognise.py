@@ -6,8 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
-from llm.corpus.documents import READERS, Counts, ReadOptions, read_documents, unit_borders
+from llm.corpus.documents import Counts, read_documents
 from llm.corpus.encode import document_digest, prefix_source_ids, unit_id_of
+from llm.corpus.formats import is_readable, kinds, unit_borders
+from llm.corpus.options import ReadOptions
 from llm.corpus.plan import unit_bytes_for
 from llm.log import UserError
 
@@ -31,13 +33,13 @@ class _Documents:
 def units_of_file(
     path: Path, sources: list[dict], known: set[str], options: ReadOptions, advance: Callable[[int], None] = lambda _: None
 ) -> list[TextUnit]:
-    """The units of a .txt or .jsonl file. `sources`: those of the manifests at hand; `known`: unit ids to be recognised.
+    """The units of a file. `sources`: those of the manifests at hand; `known`: unit ids to be recognised.
 
     Where a file is cut depends on what it was when it was first tokenized, which its name may no longer tell. So each cut that the
     sources suggest is tried, and the one that recognises most of the text is the answer. `advance(n)` hears of bytes read.
     """
-    if path.suffix not in READERS:
-        raise UserError(f"{path}: cannot read files called *{path.suffix}; {' and '.join(READERS)} files can be read.")
+    if not is_readable(path) and not options.format:
+        raise UserError(f"{path}: cannot read files called *{path.suffix}; {kinds()} can be read.")
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
     documents, size = _read(path, options, advance), path.stat().st_size
@@ -48,10 +50,9 @@ def units_of_file(
 def _read(path: Path, options: ReadOptions, advance: Callable[[int], None]) -> _Documents:
     digests, starts, sizes, told = [], [], [], 0
     for document in read_documents(path, path.name, 0, path.stat().st_size, options, Counts()):
-        content = document.text.encode()
-        digests.append(document_digest(content))
+        digests.append(document_digest(document.identity()))
         starts.append(document.index)
-        sizes.append(len(content))
+        sizes.append(len(document.text.encode()))
         advance(document.index - told)
         told = document.index
     if not digests:

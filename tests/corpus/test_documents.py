@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from llm.corpus.documents import Counts, ReadOptions, read_documents, separator_from, unit_borders
+from llm.corpus.documents import Counts, read_documents
+from llm.corpus.formats import unit_borders
+from llm.corpus.options import ReadOptions, separator_from
 
 PLAIN = ReadOptions()
 

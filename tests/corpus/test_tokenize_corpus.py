@@ -7,7 +7,7 @@ from dataclasses import replace
 from raw_text import contents, documents_of, manifest_id, prose, raw_texts, stamp_of, texts_of, write_jsonl
 
 from llm.corpus import plan
-from llm.corpus.documents import ReadOptions
+from llm.corpus.options import ReadOptions
 from llm.corpus.tokenize_corpus import tokenize_corpus
 from llm.data.manifest import find_shards, load_manifest
 from llm.data.shards import verify_shard
