@@ -158,7 +158,8 @@ def _dictionary(fields: dict) -> str:
         definition = _string(meaning, "def") or _string(meaning, "definition")
         if not definition:
             continue
-        kind, example, synonyms = meaning.get("speech_part"), meaning.get("example"), meaning.get("synonyms") or ()
+        kind, example = meaning.get("speech_part"), meaning.get("example")
+        synonyms = [synonym for synonym in meaning.get("synonyms") or () if synonym]  # Wordset has nulls among them
         extra = (f'. "{example}"' if example else "") + (f". Synonyms: {', '.join(synonyms)}" if synonyms else "")
         lines.append(f"{word}{f' ({kind})' if kind else ''}: {definition}{extra}")
     return "\n".join(lines)
