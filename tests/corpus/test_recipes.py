@@ -31,7 +31,7 @@ def lines(*rows):
 
 
 TALK = [{"role": "user", "content": "u"}, {"role": "assistant", "content": "a"}]
-BOOK = "The eBook of X\r\n*** START OF THE PROJECT GUTENBERG EBOOK X ***\r\n\r\nChapter 1.\r\n\r\n*** END OF THE PROJECT GUTENBERG EBOOK X ***\r\nnotes"
+BOOK = "X\r\n*** START OF THE PROJECT GUTENBERG EBOOK X ***\r\n\r\nChapter 1.\r\n\r\n*** END OF THE PROJECT GUTENBERG EBOOK X ***\r\nnotes"
 SQUAD = {"id": "1", "title": "t", "context": "Ann is here.", "question": "Who?", "answers": {"text": ["Ann"], "answer_start": [0]}}
 TRUE_SHAPES = {
     "story": ("data/train-0.parquet", parquet({"text": "Once upon a time."}), "Once upon a time."),
