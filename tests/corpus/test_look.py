@@ -20,7 +20,7 @@ def test_raw_text_is_counted_and_shown(tmp_path):
     look = look_at_text(path, ReadOptions(), 2, 20)
     assert look.lengths.tolist() == [25, 100, 100] and look.repeated == 1
     assert "documents: 3" in look.facts[1] and "empty: 1" in look.facts[2]
-    assert sorted(window.split("\n", 1)[1] for window in look.windows) == ["one⇥document↵\nof two…", "x" * 20 + "…"]
+    assert sorted(window.split("\n", 1)[1] for window in look.windows) == ["one⇥document↵\nof two …", "x" * 20 + "…"]
 
 
 def test_a_conversation_shows_what_carries_loss(tmp_path):
