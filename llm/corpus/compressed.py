@@ -34,6 +34,14 @@ def opened_member(path: Path, member: str) -> Iterator[BinaryIO]:
         yield _bounded(inside, path, archive.getinfo(member).compress_size)
 
 
+def unpacked_size(path: Path) -> int:
+    """Bytes of a plain file, or of what a .gz or .zst holds, which only reading it tells."""
+    if path.suffix not in (".gz", ".zst"):
+        return path.stat().st_size
+    with opened(path) as stream:
+        return sum(map(len, iter(lambda: stream.read(1 << 20), b"")))
+
+
 def members(path: Path) -> list[str]:
     """The names of the files inside a .zip, in order, without hidden ones."""
     with _archive(path) as archive:

@@ -85,9 +85,9 @@ def container_of(path: Path, options: ReadOptions) -> str:
     if forced:
         return forced
     by_name = _kind_by_name(path)
-    if _is_compressed(path):
+    if path.suffix == ".zip":
         return by_name or "txt"
-    with open(path, "rb") as file:
+    with compressed.opened(path) if _is_compressed(path) else open(path, "rb") as file:
         head = file.read(1 << 16)
     if head.startswith(column_files.ARROW_MAGIC):
         return "arrow"
@@ -146,9 +146,19 @@ def unit_borders(path: Path, size: int, unit_bytes: int, known_ends: list[int], 
 
     A file's known ends are the sizes it had when it was tokenized before: what has been added since is in units of its own.
     """
-    wanted = sorted({*range(unit_bytes, size, unit_bytes), *(end for end in known_ends if end < size)})
+    wanted = wanted_borders(size, unit_bytes, known_ends)
     borders = None if _is_compressed(path) or size == 0 else READERS[container_of(path, options)].borders
     return sorted(border for border in (borders(path, wanted, options) if borders else [0]) if border < size or border == 0)
+
+
+def wanted_borders(size: int, unit_bytes: int, known_ends: list[int]) -> list[int]:
+    """Where units should start, were there a record; a record that starts at or after one of these is after that border."""
+    return sorted({*range(unit_bytes, size, unit_bytes), *(end for end in known_ends if end < size)})
+
+
+def is_cut(path: Path, options: ReadOptions) -> bool:
+    """Whether a file of this kind is cut in units when it is large, perhaps after unpacking."""
+    return path.suffix != ".zip" and READERS[container_of(path, options)].borders is not None
 
 
 def shape_of(path: Path, options: ReadOptions) -> str:

@@ -219,6 +219,6 @@ def draw(look: Look, title: str, out: Path) -> None:
     share.set_ylim(0, 1.02)
     share.set_ylabel(f"share of {look.unit} in documents up to this length")
     handles = [*axes.get_legend_handles_labels()[0], *share.get_legend_handles_labels()[0]]
-    axes.legend(handles=handles, loc="upper left")
+    figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
     figure.savefig(out, dpi=120)
     plt.close(figure)

@@ -6,9 +6,10 @@ from pathlib import Path
 
 import numpy as np
 
+from llm.corpus.compressed import unpacked_size
 from llm.corpus.documents import Counts, read_documents
 from llm.corpus.encode import document_digest, prefix_source_ids, unit_id_of
-from llm.corpus.formats import is_readable, kinds, unit_borders
+from llm.corpus.formats import is_cut, is_readable, kinds, wanted_borders
 from llm.corpus.options import ReadOptions
 from llm.corpus.plan import unit_bytes_for
 from llm.log import UserError
@@ -42,8 +43,9 @@ def units_of_file(
         raise UserError(f"{path}: cannot read files called *{path.suffix}; {kinds()} can be read.")
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
-    documents, size = _read(path, options, advance), path.stat().st_size
-    cuts = [_cut(path, size, documents, *cut, options) for cut in _possible_cuts(path, size, documents, sources)]
+    documents = _read(path, options, advance)
+    size = unpacked_size(path) if (cut_at_all := is_cut(path, options)) else path.stat().st_size
+    cuts = [_cut(size if cut_at_all else 0, documents, *cut) for cut in _possible_cuts(path, size, documents, sources)]
     return max(cuts, key=lambda units: sum(unit.n_bytes for unit in units if unit.unit_id in known))
 
 
@@ -72,8 +74,7 @@ def _possible_cuts(path: Path, size: int, documents: _Documents, sources: list[d
     return cuts
 
 
-def _cut(path: Path, size: int, documents: _Documents, unit_bytes: int, ends: list[int], options: ReadOptions) -> list[TextUnit]:
-    borders = unit_borders(path, size, unit_bytes, ends, options)
-    at = [*np.searchsorted(documents.starts, borders).tolist(), len(documents.digests)]
+def _cut(size: int, documents: _Documents, unit_bytes: int, ends: list[int]) -> list[TextUnit]:
+    at = [0, *np.searchsorted(documents.starts, wanted_borders(size, unit_bytes, ends)).tolist(), len(documents.digests)]
     units = zip(at, at[1:], strict=False)
     return [TextUnit(unit_id_of(documents.digests[a:b]), b - a, int(documents.sizes[a:b].sum())) for a, b in units if a < b]

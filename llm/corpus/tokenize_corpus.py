@@ -24,6 +24,7 @@ from llm.corpus.parts import ROLES, PartUnit, read_part
 from llm.corpus.plan import find_sources, plan_tasks, plan_units
 from llm.corpus.pool import encode_all
 from llm.corpus.tokenizer_use import note_use
+from llm.corpus.unpack import unpacked
 from llm.data.manifest import FILE_NAME, Manifest, load_manifest, write_manifest
 from llm.data.record import write_record
 from llm.data.shard_meta import ShardMeta, token_dtype
@@ -84,6 +85,7 @@ def tokenize_corpus(request: Request) -> Report:
         manifest = _existing(request, info)  # again, now that nobody else can change it
         job = _job(request, info, manifest, work)
         timestamp = _timestamp(work, manifest)
+        sources = unpacked(sources, work, request.options)
         units, unit_bytes = plan_units(sources, request.options, manifest)
         tasks = plan_tasks(units, _settings(request, info, manifest))
         encoded_bytes, seconds = encode_all(tasks, job, request.workers)
