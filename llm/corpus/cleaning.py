@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from llm.corpus.conversations import Conversation, Turn
 from llm.corpus.documents import Document
 
-_MISREAD = re.compile("[\u00c2\u00c3\u00e2][\u0080-\u00bf\u0152\u0153\u0160\u0161\u0178\u017d\u017e\u0192\u02c6\u02dc\u2013-\u2122]")
+_FOREIGN = re.compile("[^\x00-\x7f]{2,}")  # misread UTF-8 is always such a run
 _CONTROLS = re.compile("[\x00-\x08\x0b\x0c\x0e-\x1f\x7f\ufeff]")
 
 
@@ -72,17 +72,16 @@ class Cleaning:
 
 def repaired(text: str) -> str:
     """UTF-8 that was read as Windows-1252 put right, characters composed (NFC), no control characters, plain line ends."""
-    if _MISREAD.search(text):
-        text = "\n".join(_reread(line) for line in text.split("\n"))
+    text = _FOREIGN.sub(lambda run: _reread(run[0]), text)
     text = text.replace("\r\n", "\n").replace("\r", "\n")
     return unicodedata.normalize("NFC", _CONTROLS.sub("", text))
 
 
-def _reread(line: str) -> str:
+def _reread(run: str) -> str:
     try:
-        return b"".join(_byte(char) for char in line).decode()
+        return b"".join(map(_byte, run)).decode()
     except (UnicodeEncodeError, UnicodeDecodeError):
-        return line  # it was right, or is beyond repair
+        return run  # it was right, or is beyond repair
 
 
 def _byte(char: str) -> bytes:

@@ -43,6 +43,9 @@ def collect(
                 docs, n_bytes = docs + 1, n_bytes + size
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error.strerror}). Choose another --out.") from None
+    except UserError:
+        tmp.unlink(missing_ok=True)
+        raise
     if not docs:
         tmp.unlink()
         raise UserError(f"dataset {dataset!r} has no text here within {limit:,} bytes. Raise --max-bytes or --sample, or bring text of your own.")

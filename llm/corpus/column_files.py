@@ -126,4 +126,5 @@ def _damaged(path: Path, error: Exception, where: str = "") -> UserError:
     if isinstance(error, OSError) and error.errno:  # of the system; Arrow raises OSError for contents too
         raise error
     at = f", {where}" if where else ""
-    return UserError(f"{path}{at}: cannot be read as {path.suffix[1:]}: {' '.join(str(error).split())}. It is damaged or cut off: fetch it again.")
+    what = " ".join(str(error).split()).rstrip(".")
+    return UserError(f"{path}{at}: cannot be read as {path.suffix[1:]}: {what}. It is damaged or cut off: fetch it again.")

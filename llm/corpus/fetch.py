@@ -31,8 +31,11 @@ def fetch(recipe: Recipe, folder: Path, sample: float) -> tuple[list[Path], floa
 def _from_hub(recipe: Recipe, folder: Path, sample: float) -> tuple[list[Path], float]:
     try:
         from huggingface_hub import HfApi, hf_hub_download
+        from huggingface_hub.utils import logging as hub_logging
     except ImportError:
         raise UserError('downloading needs huggingface_hub: pip install "tally-llm[data]". Or fetch the files yourself and give --from.') from None
+    hub_logging.set_verbosity_error()  # it tells of each retry
+    log.info(f"{recipe.repo}: asking the hub for its files")
     try:
         tree = HfApi().list_repo_tree(recipe.repo, repo_type="dataset", recursive=True)
         entries = sorted((e for e in tree if hasattr(e, "size") and any(fnmatch.fnmatch(e.path, p) for p in recipe.files)), key=lambda e: e.path)

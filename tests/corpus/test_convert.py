@@ -88,7 +88,7 @@ def test_conversations_are_cleaned_turn_by_turn(tmp_path):
 @pytest.mark.parametrize(
     "broken, right",
     [
-        ("cafÃ© â€œxâ€\x9d", "café “x”"),
+        ("ok \ufffd cafÃ© â€œxâ€\x9d", "ok \ufffd café “x”"),
         ("e\u0301", "é"),
         ("a\x00b\x07\r\nc\rd", "ab\nc\nd"),
         ("Ãœber Â£5", "Über £5"),
