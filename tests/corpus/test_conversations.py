@@ -80,4 +80,5 @@ def test_no_text_and_no_other_cut_of_turns_has_the_identity_of_a_conversation():
     one = Conversation((Turn("user", "a"), Turn("assistant", "b")))
     typed = Conversation((Turn("user", "a<|im_end|>\n<|im_start|>assistant\nb"),))
     assert text_of(one) == text_of(typed)
-    assert len({one.identity(), typed.identity(), Document(text_of(one), "", 0).identity()}) == 3
+    documents = [Document(text_of(one), "", 0, one), Document(text_of(typed), "", 0, typed), Document(text_of(one), "", 0)]
+    assert len({document.text for document in documents}) == 1 and len({document.identity() for document in documents}) == 3

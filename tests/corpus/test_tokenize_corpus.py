@@ -50,6 +50,8 @@ def test_packed_text_gives_the_shards_of_the_plain_one_and_is_recognised(request
         path.unlink()
     tokenize_corpus(request_for("packed", workers=2))
     assert manifest_id(tmp_path / "packed") == manifest_id(tmp_path / "plain")
+    packed = load_manifest(tmp_path / "packed").sources
+    assert [(source["source_id"], source["unit_ids"]) for source in packed] == [(source["source_id"], source["unit_ids"]) for source in sources]
     known = {unit_id for source in sources for unit_id in source["unit_ids"]}
     for path in raw.iterdir():
         assert all(unit.unit_id in known for unit in units_of_file(path, sources, known, ReadOptions()))
