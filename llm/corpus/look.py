@@ -8,10 +8,11 @@ from pathlib import Path
 
 import numpy as np
 
-from llm.corpus.documents import Counts, Document, read_documents
+from llm.corpus.documents import Counts, Document
 from llm.corpus.formats import tell_formats
 from llm.corpus.options import ReadOptions
 from llm.corpus.plan import find_sources
+from llm.corpus.read_all import read_sources
 from llm.data.manifest import find_shards, load_manifest
 from llm.data.shards import Shard, verify_shard
 from llm.log import UserError, progress
@@ -44,16 +45,13 @@ def look_at_text(path: Path, options: ReadOptions, n_windows: int, chars: int) -
     """One pass over the documents of a file or folder. The windows show those whose hashes are smallest: any, but always the same."""
     sources, counts, lengths, seen, shown, talks = find_sources([path], options), Counts(), [], set(), [], 0
     tell_formats([source.path for source in sources], options)
-    with progress(sum(source.size for source in sources), "reading", "bytes") as bar:
-        for source in sources:
-            for document in read_documents(source.path, source.name, 0, source.size, options, counts):
-                digest = sha256(document.identity()).digest()[:16]
-                if digest not in seen:
-                    shown = sorted([*shown, (digest, document)], key=lambda pair: pair[0])[:n_windows]
-                seen.add(digest)
-                lengths.append(len(document.text))
-                talks += document.conversation is not None
-            bar.advance(source.size)
+    for document in read_sources(sources, options, counts):
+        digest = sha256(document.identity()).digest()[:16]
+        if digest not in seen:
+            shown = sorted([*shown, (digest, document)], key=lambda pair: pair[0])[:n_windows]
+        seen.add(digest)
+        lengths.append(len(document.text))
+        talks += document.conversation is not None
     facts = [
         f"files: {len(sources):,}, {sum(source.size for source in sources):,} bytes",
         f"documents: {len(lengths):,}" + (f", of which conversations: {talks:,}" if talks else ""),
