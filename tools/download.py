@@ -57,7 +57,7 @@ def _share(text: str) -> float:
 
 def _list(recipes: dict) -> None:
     for name, recipe in recipes.items():
-        print(f"{name:12} {recipe.size:>7}  {recipe.licence:24}  {recipe.about}")
+        log.info(f"{name:12} {recipe.size:>7}  {recipe.licence:24}  {recipe.about}")
 
 
 if __name__ == "__main__":

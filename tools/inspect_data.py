@@ -35,16 +35,16 @@ def main() -> None:
     else:
         look = look_at.look_at_text(args.path, read_options(args), args.windows, args.window_size or 600)
     for fact in look.facts:
-        print(fact)
+        log.info(fact)
     if not len(look.lengths):
         raise UserError(f"{args.path}: holds no document that is not empty.")
-    print(f"repeated documents: {look.repeated:,} of {len(look.lengths):,}")
-    print(f"\n{look.unit} per document: mean {look.lengths.mean():,.1f}, longest {look.lengths.max():,}")
-    print("\n".join(look_at.histogram(look.lengths)))
+    log.info(f"repeated documents: {look.repeated:,} of {len(look.lengths):,}")
+    log.info(f"\n{look.unit} per document: mean {look.lengths.mean():,.1f}, longest {look.lengths.max():,}")
+    log.info("\n".join(look_at.histogram(look.lengths)))
     if look.windows and tokenized and not args.tokenizer:
-        print("\n(token ids; --tokenizer PATH shows the text)")
+        log.info("\n(token ids; --tokenizer PATH shows the text)")
     for window in look.windows:
-        print(f"\n{window}")
+        log.info(f"\n{window}")
     if args.png:
         look_at.draw(look, str(args.path.name), args.png)
         log.info(f"{args.png}: drawn")
