@@ -54,7 +54,7 @@ def main() -> None:
 
 def arguments() -> argparse.Namespace:
     parser = cli.parser(__doc__)
-    parser.add_argument("--params", type=cli.byte_count, default=30_000_000, metavar="N", help="parameters, for example 300M (default 30M)")
+    parser.add_argument("--params", type=cli.amount, default=30_000_000, metavar="N", help="parameters, for example 300M (default 30M)")
     parser.add_argument("--rounds", type=int, default=3, metavar="N", help="turns of each that are counted (default 3)")
     parser.add_argument("--think", type=float, default=0.05, metavar="S", help="seconds between two looks whether the thread is done")
     parser.add_argument("--folder", type=Path, help="on the disk to measure; default: where temporary files go")

@@ -24,6 +24,10 @@ def main() -> None:
     args = parser.parse_args()
     if args.from_step is not None and (args.fresh or args.init_from):
         parser.error("--from-step goes on from a checkpoint of this very run: leave out --fresh and --init-from")
+    if args.anneal is not None and (args.fresh or args.init_from):
+        parser.error("--anneal begins with a checkpoint of this very run: leave out --fresh and --init-from")
+    if args.anneal is not None and args.anneal <= 0:
+        parser.error(f"--anneal {args.anneal}: give the number of tokens to decay over, such as 20M")
     from llm import dist
     from llm.config import load_config
     from llm.train.launcher_watch import watch_launcher
@@ -40,14 +44,16 @@ def main() -> None:
         from llm.train.phases import Wish
         from llm.train.run import Options, train
 
-        wish = Wish(only_new=args.only_new, reset_epoch=args.reset_epoch, dataset=args.dataset)
+        wish = world.together(lambda: Wish(args.only_new, args.reset_epoch, args.dataset, args.replay))
         accepted = tuple(args.accept_change or ())
         options = Options(
             STARTED_AT,
             steps_today=args.steps_today,
             minutes_today=args.minutes_today,
+            tokens_today=args.tokens_today,
             wish=wish,
             init_from=args.init_from,
+            anneal=args.anneal,
             fresh=args.fresh,
             accept_change=accepted,
             from_step=args.from_step,
@@ -63,13 +69,16 @@ def _parser() -> cli.Parser:
     today = parser.add_argument_group("this sitting")
     today.add_argument("--steps-today", type=int, metavar="N", help="stop after N steps, save, and go on another day")
     today.add_argument("--minutes-today", type=float, metavar="M", help="stop in time to have saved within M minutes, start-up included")
+    today.add_argument("--tokens-today", type=cli.amount, metavar="N", help="stop after the step with which N tokens were trained on: 500k, 20M, 1G")
     data = parser.add_argument_group("which data")
     data.add_argument("--only-new", action="store_true", help="finish the open phase, then train on text the run has not held yet")
+    data.add_argument("--replay", type=float, metavar="PART", help="with --only-new: this part of the samples, such as 0.1, from old data again")
     data.add_argument("--dataset", metavar="NAME", help="train on this one of the datasets in data.data_path")
     data.add_argument("--reset-epoch", action="store_true", help="another pass over data that the run has finished")
     data.add_argument("--rechunk", action="store_true", help="allow shards that were made for another seq_len")
     start = parser.add_argument_group("starting and going on")
     start.add_argument("--from-step", type=int, metavar="N", help="go on from the checkpoint of step N; newer ones stay as they are")
+    start.add_argument("--anneal", type=cli.amount, metavar="N", help="fork the run and let its learning rate go down to the end over N tokens")
     start.add_argument("--init-from", metavar="RUN|FOLDER", help="start a new run from another one's weights")
     start.add_argument("--fresh", action="store_true", help="move an existing run of this name aside and begin at step 0")
     start.add_argument("--accept-change", action="append", metavar="FIELD", help="go on although this setting has changed, for example train.lr")

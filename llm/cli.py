@@ -10,7 +10,7 @@ from llm.log import MISTAKE, UserError, terminal
 
 NEEDS_A_PERSON = 3  # training cannot go on by itself, and a retry would end the same way
 RETRY = 75  # EX_TEMPFAIL of sysexits.h: a hang or a lost rank
-__all__ = ["MISTAKE", "NEEDS_A_PERSON", "RETRY", "Parser", "byte_count", "parser", "run"]
+__all__ = ["MISTAKE", "NEEDS_A_PERSON", "RETRY", "Parser", "amount", "parser", "run"]
 
 
 class Parser(argparse.ArgumentParser):
@@ -75,10 +75,10 @@ def _leave(code: int) -> None:
     os._exit(code)
 
 
-def byte_count(text: str) -> int:
-    """Type of an argument that counts bytes: 500000, 500k, 24M, 2G (powers of 1,000)."""
+def amount(text: str) -> int:
+    """Type of an argument that counts bytes or tokens: 500000, 500k, 24M, 2G (powers of 1,000)."""
     number, factor = text[:-1], {"k": 10**3, "m": 10**6, "g": 10**9}.get(text[-1:].lower())
     try:
         return int(float(number) * factor) if factor else int(text)
     except ValueError:
-        raise argparse.ArgumentTypeError(f"'{text}' is not a number of bytes; write 500000, 500k, 24M or 2G") from None
+        raise argparse.ArgumentTypeError(f"'{text}' is not a number; write 500000, 500k, 24M or 2G") from None

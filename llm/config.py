@@ -135,6 +135,9 @@ class DataConfig(Section):
     """Keep the shard that an imported .jsonl becomes beside it; false: keep it in the run's folder."""
     rechunk: bool = False
     """Allow shards that were made for another seq_len."""
+    weights: dict[str, Annotated[int, Field(ge=1, le=1000)]] = {}
+    """Out of the sum of all weights, so many samples come from the dataset of that name (one that is not named: 1). The phase lasts until
+    each dataset has been passed `epochs` times, so a weighty one is passed more often. Empty: all samples alike, each once an epoch."""
 
     @property
     def datasets(self) -> dict[str, str]:
@@ -167,6 +170,11 @@ class TrainConfig(Section):
     adam_eps: PositiveFloat = 1e-8
     clip_norm: PositiveFloat | None = 1.0
     """Global L2 norm; None leaves gradients alone."""
+    spike_sigma: Annotated[float, Field(ge=0)] | None = 6.0
+    """A step whose loss lies more than so many standard deviations above the mean of the last `spike_window` applied steps is skipped, and
+    a gradient norm that does is reported. 0 or None: only numbers that are not finite are."""
+    spike_window: Annotated[int, Field(ge=32)] = 128
+    """Steps; nothing is judged before half of them, and 32 at least, have been applied in the phase."""
     seed: NonNegativeInt = 1337
     hang_timeout_s: PositiveFloat | None = 1800.0
     """A rank that takes longer for one step shows where it is and leaves with code 75; 4 times as long at the start, in validation and in

@@ -11,6 +11,7 @@ import tokenizers
 from llm.checkpoint import folder
 from llm.checkpoint.manifest import read_manifest
 from llm.config import load_config
+from llm.data.ledger import Ledger
 from llm.data.manifest import write_manifest
 from llm.data.shards import token_dtype, write_shard
 from llm.dist import World
@@ -79,7 +80,7 @@ def sit(world: World, config: str, overrides: list[str] = (), fed: str | None = 
     from llm.train.phases import Wish
 
     cfg = load_config(config, list(overrides))
-    wish = Wish(**{key: options.pop(key) for key in ("only_new", "reset_epoch", "dataset") if key in options})
+    wish = Wish(**{key: options.pop(key) for key in ("only_new", "reset_epoch", "dataset", "replay") if key in options})
     if fed:
         _forget_undone(world, Path(fed), cfg.run_folder)
         _record_what_is_fed(world, training, Path(fed), cfg.run_folder)
@@ -129,6 +130,10 @@ def fed_by_step(fed: Path) -> dict[int, list[int]]:
     for path in Path(fed).iterdir():
         steps.setdefault(int(path.name.split("-")[1]), []).extend(json.loads(path.read_text()))
     return {step: sorted(targets) for step, targets in sorted(steps.items())}
+
+
+def newest_ledger(config: Path) -> Ledger:
+    return Ledger.from_json(read_manifest(folder.entries(load_config(config).run_folder)[-1].path).ledger)
 
 
 def losses(config: Path) -> dict[int, float]:

@@ -1,4 +1,7 @@
-"""Real processes for tests: `run_ranks` spawns them, lets them meet over gloo through a file, and brings their results back."""
+"""Real processes for tests: `run_ranks` starts them, lets them meet over gloo through a file, and brings their results back.
+
+They are forked from a server that has imported torch and DeepSpeed once, which takes seconds, and has done nothing else.
+"""
 
 import json
 import os
@@ -9,15 +12,20 @@ import torch.multiprocessing as multiprocessing
 
 from llm import dist
 
+IMPORTED_ONCE = [
+    "llm.train.run", "llm.engine.deepspeed_engine", "llm.generate.load", "deepspeed", "deepspeed.runtime.zero.stage3",
+    "deepspeed.runtime.zero.stage_1_and_2", "torch._inductor.compile_fx", "torch.utils.tensorboard", "setuptools",
+]  # fmt: skip
+
 
 def run_ranks(fn, world_size: int, tmp_path: Path, *args, timeout_s: float = 120) -> list:
     """Run `fn(world, *args)` on `world_size` ranks and return their (JSON-able) results by rank. `fn` is a module-level function."""
     meeting = tmp_path / f"meet-{len(list(tmp_path.iterdir()))}"
     meeting.mkdir()
-    context = multiprocessing.get_context("spawn")
-    processes = [
-        context.Process(target=_one_rank, args=(fn, rank, world_size, str(meeting), args), daemon=True) for rank in range(world_size)
-    ]
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED_ONCE)
+    common = (str(meeting), dict(os.environ), args)  # the server has the environment of its own start
+    processes = [context.Process(target=_one_rank, args=(fn, rank, world_size, *common), daemon=True) for rank in range(world_size)]
     for process in processes:
         process.start()
     try:
@@ -34,9 +42,11 @@ def run_ranks(fn, world_size: int, tmp_path: Path, *args, timeout_s: float = 120
     return [json.loads((meeting / f"{rank}.json").read_text()) for rank in range(world_size)]
 
 
-def _one_rank(fn, rank: int, world_size: int, meeting: str, args: tuple) -> None:
+def _one_rank(fn, rank: int, world_size: int, meeting: str, environment: dict, args: tuple) -> None:
     import torch
 
+    os.environ.clear()
+    os.environ.update(environment)
     torch.set_num_threads(1)
     try:
         world = dist.start(init_method=f"file://{meeting}/rendezvous", place=(rank, world_size, rank), timeout_minutes=1)

@@ -21,7 +21,7 @@ def main() -> None:
     parser.add_argument("--from", dest="inputs", nargs="+", metavar="PATH", help="its files, if they are here already; nothing is downloaded")
     parser.add_argument("--sample", type=_share, default=1.0, metavar="X", help="this share of it, as 1%% or 0.01 (default: all)")
     parser.add_argument("--out", type=Path, metavar="FILE", help="default: data/raw/DATASET.jsonl")
-    parser.add_argument("--max-bytes", type=cli.byte_count, metavar="N", help="no more text than this (default: 16M for pystdlib)")
+    parser.add_argument("--max-bytes", type=cli.amount, metavar="N", help="no more text than this (default: 16M for pystdlib)")
     parser.add_argument("--rewrite-url", metavar="URL", help="an OpenAI-compatible server that rewrites answers as whole sentences")
     parser.add_argument("--rewrite-model", default="default", metavar="NAME", help="the model there (default: %(default)s)")
     args = parser.parse_args()

@@ -2,10 +2,12 @@
 
   python tools/ledger.py show checkpoints/toy
   python tools/ledger.py verify checkpoints/toy            recount every sample, and find every shard again
+  python tools/ledger.py skipped checkpoints/toy           steps whose update was refused: why, which files and documents
   python tools/ledger.py diff checkpoints/toy checkpoints/other
   python tools/ledger.py seen checkpoints/toy my-text.txt  never, partly or fully; renamed and copied files are recognised
 """
 
+from itertools import islice
 from pathlib import Path
 
 from llm import cli
@@ -18,12 +20,12 @@ class NotVerified(UserError):
 
 def main() -> None:
     parser = cli.parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="show|verify|diff|seen")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="show|verify|skipped|diff|seen")
     add = {name: commands.add_parser(name, help=text) for name, text in HELP.items()}
-    for name in ("show", "verify", "seen"):
+    for name in ("show", "verify", "skipped", "seen"):
         add[name].add_argument("run", help="a run's folder, or one of its checkpoints")
         add[name].add_argument("--step", type=int, help="the checkpoint of this step instead of the newest")
-    for name in ("verify", "seen"):
+    for name in ("verify", "skipped", "seen"):
         add[name].add_argument("--data", nargs="+", metavar="PATH", help="where its shards lie now, if not where the run's config says")
     add["verify"].add_argument("--quick", action="store_true", help="do not read the shards' tokens; their sizes and records only")
     add["diff"].add_argument("run", metavar="run_a")
@@ -37,6 +39,7 @@ def main() -> None:
 HELP = {
     "show": "phases, files, percentages and steps",
     "verify": "recompute the plan, count every sample, and look for the shards; exit code 2 if anything does not agree",
+    "skipped": "the steps whose update was not applied: the reason, and the files and documents of their samples",
     "diff": "which text one run has been trained on and the other has not, by content",
     "seen": "whether a raw file or a shard has been trained on, by content",
 }
@@ -54,15 +57,19 @@ def _open(run: str, step: int | None = None):
 
 
 def _show(args) -> None:
-    from llm.data.ledger import seen_view
+    from llm.data.seen import seen_view
 
     _, ledger, line = _open(args.run, args.step)
     print(line)
     for phase in seen_view(ledger)["phases"]:
         steps = f"steps {phase['first_step']:,} to {phase['last_step']:,}" if phase["first_step"] else "not begun"
         print(f"\nphase {phase['phase']} ({phase['dataset']}), {phase['state']}: {phase['percent_done']:.2f} % of {phase['epochs']} epochs, {steps}")
-        for file in phase["files"]:
-            print(f"  {file['percent_seen']:6.2f} %  {file['tokens']:>14,} tokens  {file['file']}")
+        files = iter(phase["files"])
+        for share in phase["shares"]:
+            if len(phase["shares"]) > 1:
+                print(f"  {share['percent_of_draws']:6.2f} %  of the samples from {share['name']}:")
+            for file in islice(files, share["files"]):
+                print(f"  {file['percent_seen']:6.2f} %  {file['tokens']:>14,} tokens  {file['file']}")
 
 
 # ---------------------------------------------------------------- verify
@@ -89,14 +96,19 @@ def _verify(args) -> None:
 
 
 def _tell_audit(audit, global_rows: int) -> None:
-    phase, (whole, once_more) = audit.phase, audit.draws_each
-    counts = f"each of {phase.samples:,} samples drawn {whole} times" + (f", {once_more:,} of them once more" if once_more else "")
+    phase = audit.phase
+    counts = "; ".join(_counts(*counted, named=len(phase.shares) > 1) for counted in audit.draws_each)
     steps = phase.last_step - phase.first_step + 1 if phase.first_step else 0
     skipped = sum(s.stop - s.start for s in phase.skipped)
     print(f"phase {phase.name}: {phase.consumed:,} of {phase.total:,} draws walked: {counts}; {skipped:,} skipped; "
           f"{audit.targets:,} tokens; {steps:,} steps")  # fmt: skip
     if steps != -(-phase.consumed // global_rows):  # only today's batch is known, so this proves nothing wrong
         print(f"  note: {steps:,} steps of {global_rows} samples would be another number of draws: the global batch has changed on the way")
+
+
+def _counts(share, samples: int, whole: int, once_more: int, named: bool) -> str:
+    of = f" of {share.name}" if named else ""
+    return f"each of {samples:,} samples{of} drawn {whole} times" + (f", {once_more:,} of them once more" if once_more else "")
 
 
 def _token_problems(trained: int, recounted: int, masks_known: bool) -> list[str]:
@@ -181,13 +193,31 @@ def _unreadable(shards: list) -> list[str]:
     return problems
 
 
+# ---------------------------------------------------------------- skipped
+
+
+def _skipped(args) -> None:
+    from llm.data.origin import origins
+
+    manifest, ledger, line = _open(args.run, args.step)
+    print(line)
+    data = _Data(manifest.config, args.data)
+    for phase, skipped in [(p, s) for p in ledger.phases for s in p.skipped]:
+        print(f"\nstep {skipped.step:,}, phase {phase.name} ({phase.dataset}), draws {skipped.start:,} to {skipped.stop - 1:,}: {skipped.reason}")
+        for draw, origin in enumerate(origins(phase, skipped.start, skipped.stop, data.shards), skipped.start):
+            told = ", ".join(f"{file} document {n:,}" for file, n in origin.documents) or "its files are not here; --data PATH says where they are"
+            print(f"  draw {draw:,}: {origin.shard.name}, tokens {origin.start:,} to {origin.stop - 1:,}: {told}")
+    if not any(phase.skipped for phase in ledger.phases):
+        print("no step was skipped")
+
+
 # ---------------------------------------------------------------- diff
 
 
 def _diff(args) -> None:
     (_, a, line_a), (_, b, line_b) = _open(args.run), _open(args.other)
     print(f"A {line_a}\nB {line_b}")
-    from llm.data.audit import seen_by_unit
+    from llm.data.seen import seen_by_unit
 
     units_a, units_b = seen_by_unit(a), seen_by_unit(b)
     both = [unit for unit in units_a if units_a[unit] and units_b.get(unit)]
@@ -212,7 +242,7 @@ def _tell_more(name: str, ledger, mine: dict[str, float], theirs: dict[str, floa
 
 
 def _seen(args) -> None:
-    from llm.data.audit import seen_by_unit
+    from llm.data.seen import seen_by_unit
 
     manifest, ledger, line = _open(args.run, args.step)
     print(line)
@@ -287,7 +317,7 @@ def _percent(fraction: float) -> str:
     return f"{int(fraction * 10_000) / 100:.2f} %"
 
 
-COMMANDS = {"show": _show, "verify": _verify, "diff": _diff, "seen": _seen}
+COMMANDS = {"show": _show, "verify": _verify, "skipped": _skipped, "diff": _diff, "seen": _seen}
 
 if __name__ == "__main__":
     cli.run(main)

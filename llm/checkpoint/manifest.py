@@ -50,6 +50,16 @@ class Parent(_Record):
     manifest_sha256: str
 
 
+class Probed(_Record):
+    """The loss of a few fixed rows under these weights, to be computed again after loading."""
+
+    loss: float
+    rows: str
+    """Digest of the rows' draws, ids and targets."""
+    place: str
+    """Digest of all that may change the last bits of a loss beside weights and data: ranks, engine, precision, device, torch."""
+
+
 class Manifest(_Record):
     """Everything but the tensors. `ledger` is llm.data's, `engine` the engine's own scalars, `config` the resolved run config."""
 
@@ -71,6 +81,9 @@ class Manifest(_Record):
     engine: dict[str, Any]
     versions: dict[str, str]
     metrics: dict[str, float | None]
+    recent: dict[str, list[float]] = {}
+    """Losses and gradient norms of the last applied steps, which the spike guard judges by."""
+    probe: Probed | None = None
     epoch_end: bool
     params: list[Parameter]
     files: list[File]

@@ -5,7 +5,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from .ledger import COUNT_DRAWS, Ledger, Phase
+from .ledger import Ledger
+from .phase import COUNT_DRAWS, Phase, Share
 from .shards import Shard
 
 
@@ -19,29 +20,26 @@ class PhaseAudit:
     problems: list[str]
 
     @property
-    def draws_each(self) -> tuple[int, int]:
-        """How often every sample was drawn at least, and how many were drawn once more."""
-        return divmod(self.phase.consumed, self.phase.samples)
+    def draws_each(self) -> list[tuple[Share, int, int, int]]:
+        """For each share: its samples, how often each of them was drawn at least, and how many were drawn once more."""
+        phase = self.phase
+        sizes = [stop - start for start, stop in phase.share_bounds]
+        counts = zip(phase.shares, sizes, phase.share_counts(phase.consumed).tolist(), strict=True)
+        return [(share, size, *divmod(drawn, size)) for share, size, drawn in counts]
 
 
 def audit_phase(phase: Phase, shards: dict[str, Shard], advance: Callable[[int], None] = lambda _: None) -> PhaseAudit:
     """Walk through all consumed draws of a phase. `shards`: those at hand, by shard_id; `advance(n)` hears of draws walked."""
     problems = [*_double_units(phase), *_bad_skips(phase)]
     targets_of = _Targets(phase, shards)
-    drawn, seen, targets = np.zeros(len(phase.shards), np.int64), np.zeros(phase.samples, bool), 0
-    for first in range(0, phase.consumed, phase.samples):
-        stop = min(first + phase.samples, phase.consumed)
-        visited = np.zeros(phase.samples, bool)
-        for at in range(first, stop, COUNT_DRAWS):
-            samples = phase.samples_at(np.arange(at, min(at + COUNT_DRAWS, stop)))
-            visited[samples] = True
-            drawn += np.bincount(targets_of.shard_index(samples), minlength=len(drawn))
-            targets += int(targets_of(samples).sum())
-            advance(len(samples))
-        if (n_visited := int(visited.sum())) != stop - first:
-            problems.append(f"epoch {first // phase.samples}: {stop - first:,} draws took {n_visited:,} different samples; each must be taken once")
-        seen |= visited
-    problems += _shortcut_problems(phase, drawn, seen)
+    times, targets = np.zeros(phase.samples, np.uint16), 0
+    for at in range(0, phase.consumed, COUNT_DRAWS):
+        samples = phase.samples_at(np.arange(at, min(at + COUNT_DRAWS, phase.consumed)))
+        np.add.at(times, samples, 1)
+        targets += int(targets_of(samples).sum())
+        advance(len(samples))
+    problems += _uneven(phase, times)
+    problems += _shortcut_problems(phase, times)
     skipped = sum(int(targets_of(phase.samples_at(np.arange(s.start, s.stop))).sum()) for s in phase.skipped)
     return PhaseAudit(phase, targets - skipped, problems)
 
@@ -63,13 +61,24 @@ def _bad_skips(phase: Phase) -> list[str]:
     return problems
 
 
-def _shortcut_problems(phase: Phase, drawn: np.ndarray, seen: np.ndarray) -> list[str]:
+def _uneven(phase: Phase, times: np.ndarray) -> list[str]:
+    """In each share, every sample must have been drawn as often as every other, or once more where an epoch has begun."""
+    problems = []
+    for share, (start, stop) in zip(phase.shares, phase.share_bounds, strict=True):
+        drawn = times[start:stop]
+        if drawn.max(initial=0) - drawn.min(initial=drawn.max(initial=0)) > 1:
+            of = f" of {share.name}" if len(phase.shares) > 1 else ""
+            problems.append(f"samples{of} were drawn {drawn.min():,} to {drawn.max():,} times; each must be taken once before any is taken again")
+    return problems
+
+
+def _shortcut_problems(phase: Phase, times: np.ndarray) -> list[str]:
     """`draw_counts` (which skips whole epochs) and `seen_samples` (which asks the inverse) must say what the walk has found."""
     problems, counted, start = [], phase.draw_counts(0, phase.consumed), 0
     for index, (shard, end) in enumerate(zip(phase.shards, phase.shard_ends.tolist(), strict=True)):
-        if counted[index] != drawn[index]:
-            problems.append(f"shard {shard.name}: {counted[index]:,} draws counted, {drawn[index]:,} walked")
-        if not np.array_equal(phase.seen_samples(index), seen[start:end]):
+        if counted[index] != (drawn := int(times[start:end].sum())):
+            problems.append(f"shard {shard.name}: {counted[index]:,} draws counted, {drawn:,} walked")
+        if not np.array_equal(phase.seen_samples(index), times[start:end] > 0):
             problems.append(f"shard {shard.name}: the samples said to be seen are not those that the draws took")
         start = end
     return problems
@@ -118,20 +127,3 @@ def step_problems(ledger: Ledger, step: int) -> list[str]:
     if last != step:
         problems.append(f"the phases end at step {last:,}, the checkpoint is of step {step:,}")
     return problems
-
-
-def seen_by_unit(ledger: Ledger) -> dict[str, float]:
-    """For each unit that a phase holds, the fraction of its shard's samples that were trained on at least once."""
-    masks: dict[tuple[str, int], np.ndarray] = {}
-    units: dict[tuple[str, int], tuple[str, ...]] = {}
-    for phase in ledger.phases:
-        for index, shard in enumerate(phase.shards):
-            key = (shard.shard_id, phase.seq_len)
-            masks[key] = masks.get(key, False) | phase.seen_samples(index)
-            units[key] = shard.unit_ids
-    fractions: dict[str, float] = {}
-    for key, mask in masks.items():
-        fraction = float(mask.mean()) if mask.size else 0.0
-        for unit_id in units[key]:
-            fractions[unit_id] = max(fractions.get(unit_id, 0.0), fraction)
-    return fractions

@@ -2,7 +2,7 @@
 
 import numpy as np
 
-from .ledger import Phase, count_samples
+from .phase import Phase, count_samples
 from .record import ShardError
 from .shards import Shard
 

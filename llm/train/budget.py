@@ -4,7 +4,7 @@ import time
 from dataclasses import dataclass, field
 
 from llm.config import ConfigError, RunConfig
-from llm.data.ledger import Phase
+from llm.data.phase import Phase
 from llm.train.schedule import Horizon
 
 
@@ -15,27 +15,36 @@ class Sitting:
     started_at: float
     steps: int | None = None
     minutes: float | None = None
+    tokens: int | None = None
     steps_done: int = 0
+    tokens_done: int = 0
+    saving_s: float = 0.0
+    """How long training has stood still for saving, and for validation."""
+    validating_s: float = 0.0
     slowest_save_s: float = 5.0
     _last_step_at: float = field(default_factory=time.monotonic)
     _slowest_step_s: float = 0.0
 
     def __post_init__(self):
-        for flag, value in (("--steps-today", self.steps), ("--minutes-today", self.minutes)):
+        for flag, value in (("--steps-today", self.steps), ("--minutes-today", self.minutes), ("--tokens-today", self.tokens)):
             if value is not None and value <= 0:
                 raise ConfigError(f"{flag} is {value}; give a number above 0, or leave it out to train to the end.")
 
-    def count_step(self) -> None:
+    def count_step(self, tokens: int) -> None:
+        """`tokens`: those of the global step that carry loss, of an update that was applied."""
         now = time.monotonic()
         if self.steps_done:  # the first step compiles and warms up: it says nothing about the next
             self._slowest_step_s = max(self._slowest_step_s, now - self._last_step_at)
         self._last_step_at = now
         self.steps_done += 1
+        self.tokens_done += tokens
 
     def over(self) -> str | None:
         """Why the sitting should end before another step, or None."""
         if self.steps is not None and self.steps_done >= self.steps:
             return f"--steps-today {self.steps} done"
+        if self.tokens is not None and self.tokens_done >= self.tokens:
+            return f"--tokens-today {self.tokens:,} done"
         if self.minutes is not None:
             left_s = 60 * self.minutes - (time.monotonic() - self.started_at)
             if left_s < self._slowest_step_s + 1.5 * self.slowest_save_s:

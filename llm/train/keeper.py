@@ -16,12 +16,14 @@ from llm.checkpoint.resume import Checkpoint
 from llm.checkpoint.saver import Save, apply_retention, file_sha256
 from llm.checkpoint.staging import Staging
 from llm.config import BatchPlan, RunConfig
-from llm.data.ledger import Ledger, seen_view
+from llm.data.ledger import Ledger
+from llm.data.seen import seen_view
 from llm.dist import World
 from llm.engine import Engine
 from llm.log import log
 from llm.tokenizer import Tokenizer
 from llm.train.loop import Progress
+from llm.train.probe import Probe
 
 
 class Keeper:
@@ -36,14 +38,17 @@ class Keeper:
         tokenizer: Tokenizer,
         parent: Checkpoint | None,
         lock: RunLock,
+        probe: Probe,
+        is_fork: bool = False,
     ):
+        """`parent`: where the run goes on from; with `is_fork` it is another run's, and this one begins its own history there."""
         self.cfg, self.plan, self.world, self.engine, self.tokenizer = cfg, plan, world, engine, tokenizer
-        self.lock = lock
+        self.lock, self.probe = lock, probe
         self.run = cfg.run_folder
-        self.run_id = parent.manifest.run_id if parent else world.broadcast(uuid.uuid4().hex)
+        self.run_id = parent.manifest.run_id if parent and not is_fork else world.broadcast(uuid.uuid4().hex)
         self.attempt = world.on_rank_0(lock.take)  # the lock's token: attempts that never saved count too
         self.parent = Parent(name=parent.folder.name, manifest_sha256=file_sha256(parent.folder / NAME)) if parent else None
-        self.lineage = [*parent.manifest.lineage, parent.folder.name] if parent else []
+        self.lineage = [*parent.manifest.lineage, parent.folder.name] if parent and not is_fork else []
         self.resumed_from = parent.folder if parent else None
         self.saved_step = parent.manifest.step if parent else 0
         self.write_s = 0.0
@@ -109,6 +114,8 @@ class Keeper:
             engine=self.engine.state(),
             versions={"tally": llm.__version__, "torch": torch.__version__, "python": platform.python_version()},
             metrics=dict(at.metrics),
+            recent={key: list(values) for key, values in at.recent.items()},
+            probe=self.probe.taken(),
             epoch_end=at.epoch_end,
             params=[Parameter(name=name, shape=list(shape)) for name, shape in self.engine.params],
             files=[],

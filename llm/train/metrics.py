@@ -19,7 +19,7 @@ class Metrics:
         self.last_loss: float | None = None
         self.tokens = 0
         self.started_at = time.perf_counter()
-        self._busy_s = 0.0
+        self.busy_s = 0.0
         self._window: list[tuple[float, int, float]] = []  # (seconds, tokens, data wait)
         self._line = LiveLine() if speaks else None
         folder = cfg.log_folder
@@ -31,7 +31,7 @@ class Metrics:
         self.first_loss = loss if self.first_loss is None else self.first_loss
         self.last_loss = loss
         self.tokens += tokens
-        self._busy_s += seconds
+        self.busy_s += seconds
         self._window.append((seconds, tokens, data_wait_s))
         if not self.speaks:
             return
@@ -53,6 +53,20 @@ class Metrics:
             self._write(step, "val", values)
             log.info(f"step {step:,}  validation loss {values['loss']:.4f}, {values['bits_per_byte']:.4f} bits per byte")
 
+    def ranks(self, step: int, values: dict[str, float]) -> None:
+        """How the ranks' own times compare, in seconds a step."""
+        if self.speaks:
+            self._write(step, "ranks", values)
+
+    def fault(self, step: int, kind: str, why: str) -> None:
+        """Something odd happened in this step: a line of its own in metrics.jsonl, a mark and its reason in TensorBoard."""
+        if not self.speaks:
+            return
+        print(json.dumps({"step": step, "time": round(time.time(), 3), f"fault/{kind}": why}), file=self._file, flush=True)
+        if self._board:
+            self._board.add_scalar(f"fault/{kind}", 1.0, step)
+            self._board.add_text(f"fault/{kind}", why, step)
+
     def mfu(self, tokens_per_s: float) -> float:
         """Model FLOP utilisation, exact-causal count."""
         return tokens_per_s * self.flops_per_token / self.peak_flops
@@ -60,7 +74,7 @@ class Metrics:
     @property
     def tokens_per_s(self) -> float:
         """Over the training steps of this sitting, validation and saving left out."""
-        return self.tokens / self._busy_s if self._busy_s else 0.0
+        return self.tokens / self.busy_s if self.busy_s else 0.0
 
     def close(self) -> None:
         if self._line:
@@ -71,11 +85,11 @@ class Metrics:
             self._board.close()
 
     def _text(self, step: int, loss: float, lr: float, rate: float) -> str:
-        done_s = self._busy_s / max(1, self.tokens)
+        done_s = self.busy_s / max(1, self.tokens)
         tokens_a_step = self._window[-1][1]
         left_s = (self.end_step - step) * tokens_a_step * done_s
         mfu = f"  MFU {self.mfu(rate):.1%}" if self.peak_flops else ""
-        return f"step {step:,}/{self.end_step:,}  loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s{mfu}  {_clock(left_s)} left"
+        return f"step {step:,}/{self.end_step:,}  loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s{mfu}  {clock(left_s)} left"
 
     def _write(self, step: int, group: str, values: dict[str, float]) -> None:
         record = {"step": step, "time": round(time.time(), 3)} | {f"{group}/{k}": v for k, v in values.items()}
@@ -91,7 +105,7 @@ def _tensorboard(folder: Path):
     return SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
 
 
-def _clock(seconds: float) -> str:
+def clock(seconds: float) -> str:
     minutes, s = divmod(int(seconds), 60)
     hours, m = divmod(minutes, 60)
     return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"

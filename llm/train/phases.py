@@ -1,9 +1,11 @@
 """Which data this sitting trains on: the open phase goes on, a new one opens when asked, or there is nothing to do and why."""
 
-from dataclasses import dataclass
+import math
+from dataclasses import dataclass, replace
 
 from llm.config import ConfigError, RunConfig
-from llm.data.ledger import Ledger, Phase, new_shards
+from llm.data.ledger import Ledger, new_shards
+from llm.data.phase import Phase, Portion
 from llm.data.shards import Shard
 from llm.train.datasets import pool
 
@@ -15,6 +17,14 @@ class Wish:
     only_new: bool = False
     reset_epoch: bool = False
     dataset: str | None = None
+    replay: float | None = None
+    """With only_new: this part of the new phase's samples are drawn from what earlier phases held."""
+
+    def __post_init__(self):
+        if self.replay is not None and not 0.0001 <= self.replay <= 0.9999:
+            raise ConfigError(f"--replay is {self.replay:g}; give the part of the samples that old data shall have, such as 0.1.")
+        if self.replay is not None and not self.only_new:
+            raise ConfigError("--replay mixes old data into a phase of new data: it goes with --only-new.")
 
 
 def choose_phase(
@@ -36,8 +46,11 @@ def choose_phase(
         shards = fresh
     else:
         return _nothing_to_do(ledger, fresh, wish, cfg)
+    portions = _by_weight(shards, datasets, cfg.data.weights)
+    if wish.replay:
+        portions = _with_replay(portions, [s for s in pool(datasets) if s.meta.shard_id in ledger.shards_held()], wish.replay)
     name = wish.dataset or ", ".join(datasets)
-    phase = Phase.plan(f"p{len(ledger.phases)}", cfg.train.seed, cfg.train.epochs, cfg.model.seq_len, shards, name)
+    phase = Phase.mix(f"p{len(ledger.phases)}", cfg.train.seed, cfg.train.epochs, cfg.model.seq_len, portions, name)
     if budget and step >= budget:
         needed = step + -(-phase.total // global_rows)
         return (
@@ -45,6 +58,31 @@ def choose_phase(
             f"give train.total_step_budget={needed}, or 0 to let each phase bring its own steps."
         )
     return ledger.open(phase)
+
+
+def _by_weight(shards: list[Shard], datasets: dict[str, list[Shard]], weights: dict[str, int]) -> list[Portion]:
+    """One portion of everything, or with data.weights one of each dataset; a shard that several hold is the first one's."""
+    if not weights:
+        return [Portion("", 1, shards)]
+    if unknown := sorted(weights.keys() - datasets.keys()):
+        raise ConfigError(f"data.weights: {', '.join(unknown)} is none of the datasets in data.data_path: {', '.join(datasets)}.")
+    left, portions = {s.meta.shard_id: s for s in shards}, []
+    for name, held in datasets.items():
+        own = [left.pop(s.meta.shard_id) for s in held if s.meta.shard_id in left]
+        if own:
+            portions.append(Portion(name, weights.get(name, 1), own))
+    return portions
+
+
+def _with_replay(portions: list[Portion], old: list[Shard], part: float) -> list[Portion]:
+    """`part` of all draws from `old`, to four decimals; between the others the weights stay in proportion."""
+    if not old:
+        raise ConfigError("--replay: no shard of an earlier phase is in data.data_path. Put their folder there, or leave --replay out.")
+    of_10000, weight = round(part * 10_000), sum(p.weight for p in portions)
+    new = [replace(p, name=p.name or "new", weight=p.weight * (10_000 - of_10000)) for p in portions]
+    mixed = [*new, Portion("replay", weight * of_10000, old, is_replay=True)]
+    common = math.gcd(*(p.weight for p in mixed))
+    return [replace(p, weight=p.weight // common) for p in mixed]
 
 
 def _go_on(ledger: Ledger, chosen: list[Shard], wish: Wish) -> Ledger:

@@ -4,7 +4,7 @@ import json
 import time
 from collections.abc import Callable
 from contextlib import closing
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -26,6 +26,7 @@ from llm.log import log, route_output
 from llm.model.flops import count_params, flops_per_token, peak_flops
 from llm.model.init import build_model
 from llm.tokenizer import Tokenizer, load_tokenizer
+from llm.train.anneal import CHANGED_BY_ANNEAL, Fork, find_fork
 from llm.train.budget import Sitting, horizon
 from llm.train.datasets import open_shards, pool
 from llm.train.drift import check_drift
@@ -35,6 +36,8 @@ from llm.train.keeper import Keeper
 from llm.train.loop import Progress, train_phase
 from llm.train.metrics import Metrics
 from llm.train.phases import Wish, choose_phase
+from llm.train.probe import ACCEPT, Probe, probe_shards
+from llm.train.summary import tell_sitting
 from llm.train.validate import token_byte_lengths, validate
 from llm.train.watchdog import Watchdog
 
@@ -47,8 +50,11 @@ class Options:
     """time.monotonic() when the program started: --minutes-today counts from there."""
     steps_today: int | None = None
     minutes_today: float | None = None
+    tokens_today: int | None = None
     wish: Wish = Wish()
     init_from: str | None = None
+    anneal: int | None = None
+    """Train a fork of the run for so many tokens, with the learning rate going down to its floor."""
     fresh: bool = False
     accept_change: tuple[str, ...] = ()
     from_step: int | None = None
@@ -59,11 +65,14 @@ class Options:
 
 def train(cfg: RunConfig, world: World, options: Options) -> None:
     """Train for one sitting. Collective. Raises UserError, the same on every rank."""
-    sitting = world.together(lambda: Sitting(options.started_at, options.steps_today, options.minutes_today))
+    sitting = world.together(lambda: Sitting(options.started_at, options.steps_today, options.minutes_today, options.tokens_today))
+    run_cfg = cfg
+    fork = find_fork(world, run_cfg, options.anneal, options.from_step) if options.anneal else None
+    cfg = fork.config(run_cfg) if fork else run_cfg
     stop, lock, note = StopFlag(world.rank), RunLock(cfg.run_folder), ExitNote(cfg.log_folder, world)
     watchdog = Watchdog(cfg.train.hang_timeout_s, world.rank, note.write)
     try:
-        _train(cfg, world, options, sitting, stop, lock, note, watchdog)
+        _train(cfg, world, options, fork, sitting, stop, lock, note, watchdog)
     except Exception as error:
         if lost := note.failed(error):
             raise lost from error
@@ -75,7 +84,15 @@ def train(cfg: RunConfig, world: World, options: Options) -> None:
 
 
 def _train(
-    cfg: RunConfig, world: World, options: Options, sitting: Sitting, stop: StopFlag, lock: RunLock, note: ExitNote, watchdog: Watchdog
+    cfg: RunConfig,
+    world: World,
+    options: Options,
+    fork: Fork | None,
+    sitting: Sitting,
+    stop: StopFlag,
+    lock: RunLock,
+    note: ExitNote,
+    watchdog: Watchdog,
 ) -> None:
     tokenizer = world.together(lambda: load_tokenizer(cfg.tokenizer.tokenizer_path, cfg.tokenizer.tokenizer_type))
     model_config = world.together(lambda: cfg.model.with_vocab(tokenizer.vocab_size))
@@ -86,9 +103,11 @@ def _train(
     world.on_rank_0(lambda: lock.take(options.steal_lock) if cfg.run_folder.is_dir() else None)
     if options.fresh:
         world.on_rank_0(lambda: _move_aside(cfg.run_folder, lock))
-    checkpoint = world.together(lambda: newest(world, cfg.run_folder, options.from_step))
+    checkpoint = world.together(lambda: newest(world, cfg.run_folder, options.from_step if fork is None else None))
+    begins = fork is not None and checkpoint is None
+    checkpoint = world.together(fork.open) if begins else checkpoint
     if checkpoint:
-        world.together(lambda: _check_identity(checkpoint, cfg, tokenizer, options))
+        world.together(lambda: _check_identity(checkpoint, cfg, tokenizer, options, CHANGED_BY_ANNEAL if begins else ()))
     at = _position(checkpoint)
     plan = world.together(lambda: batch_plan(cfg, world.size, checkpoint.manifest.global_rows if checkpoint else None))
 
@@ -99,6 +118,8 @@ def _train(
     if isinstance(chosen, str):
         log.info(chosen)
         return
+    if fork:
+        world.together(lambda: fork.check_data(chosen, plan.global_rows, at.step))
     source = world.together(lambda: _source(options.init_from, tokenizer) if checkpoint is None else None)
     world.on_rank_0(lambda: _make_folders(cfg, lock))
     route_output(cfg.log_folder / f"rank-{world.rank}.log")
@@ -106,7 +127,10 @@ def _train(
     if not cfg.train.batch_tokens:  # the run's own global batch, which another number of ranks cuts otherwise
         cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"grad_accum": plan.accumulation})})
     engine = _engine(cfg, world, checkpoint, source)
-    keeper = Keeper(cfg, plan, world, engine, tokenizer, checkpoint, lock)
+    probe = Probe(cfg, plan, world, engine, probe_shards(pool(train_shards), chosen))
+    if checkpoint:
+        world.together(lambda: probe.check(checkpoint.manifest, ACCEPT in options.accept_change))
+    keeper = Keeper(cfg, plan, world, engine, tokenizer, checkpoint, lock, probe, is_fork=begins)
     _introduce(cfg, plan, world, checkpoint, at, chosen)
     metrics = _metrics(cfg, world)
     validator = _validator(cfg, plan, world, engine, tokenizer, val_shards)
@@ -119,7 +143,7 @@ def _train(
             with closing(world.together(lambda: _stream(at.ledger, train_shards, plan, world))) as stream:
                 reason = train_phase(cfg, plan, world, engine, stream, at, sitting, stop, metrics, validator, keeper, watchdog)
             again = reason == "phase finished" and options.wish.only_new
-            chosen = choose(Wish(only_new=True, dataset=options.wish.dataset)) if again else reason
+            chosen = choose(replace(options.wish, reset_epoch=False)) if again else reason
     except Exception:
         _save_after_error(world, engine, keeper, at)
         raise
@@ -127,7 +151,7 @@ def _train(
         keeper.close()
         metrics.close()
     if world.rank == 0:
-        _tell_sitting(cfg, at, sitting, metrics, first_step, chosen)
+        tell_sitting(cfg, at, sitting, metrics, first_step, chosen, plan.global_rows)
     note.ended(chosen)
 
 
@@ -157,7 +181,7 @@ def _make_folders(cfg: RunConfig, lock: RunLock) -> None:
         ) from None
 
 
-def _check_identity(checkpoint: Checkpoint, cfg: RunConfig, tokenizer: Tokenizer, options: Options) -> None:
+def _check_identity(checkpoint: Checkpoint, cfg: RunConfig, tokenizer: Tokenizer, options: Options, accepted: tuple[str, ...]) -> None:
     saved = checkpoint.manifest.tokenizer_fingerprint
     if saved != tokenizer.fingerprint:
         raise CheckpointError(
@@ -170,7 +194,7 @@ def _check_identity(checkpoint: Checkpoint, cfg: RunConfig, tokenizer: Tokenizer
             f"--init-from starts a new run, but {cfg.run_folder} has a checkpoint of step {checkpoint.manifest.step:,}. "
             f"Choose another checkpoint.run_name, or leave --init-from out to go on."
         )
-    check_drift(checkpoint.manifest.config, cfg, list(options.accept_change))
+    check_drift(checkpoint.manifest.config, cfg, [*options.accept_change, *accepted])
 
 
 def _position(checkpoint: Checkpoint | None) -> Progress:
@@ -184,6 +208,7 @@ def _position(checkpoint: Checkpoint | None) -> Progress:
         manifest.chain,
         manifest.engine["optimizer_step"],
         dict(manifest.metrics),
+        recent={key: list(values) for key, values in manifest.recent.items()},
     )
 
 
@@ -288,7 +313,8 @@ def _introduce(cfg: RunConfig, plan: BatchPlan, world: World, checkpoint: Checkp
         return
     phase, engine = ledger.open_phase, cfg.engine
     kind = f"ZeRO-{engine.zero_stage}" if engine.zero_stage else "torch" + (", DDP" if world.size > 1 else "")
-    start = f"resumes {checkpoint.folder} (saved on {checkpoint.manifest.world_size} ranks)" if checkpoint else "starts"
+    verb = "resumes" if checkpoint and checkpoint.folder.parent == cfg.run_folder else "forks"
+    start = f"{verb} {checkpoint.folder} (saved on {checkpoint.manifest.world_size} ranks)" if checkpoint else "starts"
     size = f"{count_params(cfg.model):,} parameters"
     log.info(f"{cfg.checkpoint.run_name} {start} at step {at.step:,}: {size}, {kind}, {engine.precision}, {world.device}")
     log.info(f"batch: {plan}")
@@ -296,38 +322,3 @@ def _introduce(cfg: RunConfig, plan: BatchPlan, world: World, checkpoint: Checkp
         f"phase {phase.name}: {phase.samples:,} samples x {phase.epochs} epochs from {len(phase.shards)} shards, {phase.consumed:,} consumed; "
         f"the schedule runs to step {horizon(cfg, phase, plan.global_rows, at.step).end:,}"
     )
-
-
-def _tell_sitting(cfg: RunConfig, at: Progress, sitting: Sitting, metrics: Metrics, first_step: int, reason: str) -> None:
-    minutes = (time.monotonic() - sitting.started_at) / 60
-    record = {
-        "ended": time.strftime("%Y-%m-%dT%H:%M:%S"),
-        "from_step": first_step,
-        "to_step": at.step,
-        "tokens": metrics.tokens,
-        "minutes": round(minutes, 2),
-        "loss_first": metrics.first_loss,
-        "loss_last": metrics.last_loss,
-        "tokens_per_s": round(metrics.tokens_per_s, 1),
-        "mfu": round(metrics.mfu(metrics.tokens_per_s), 4) if metrics.peak_flops else None,
-        "why": reason,
-    }
-    with open(cfg.log_folder / "sittings.jsonl", "a", encoding="utf-8") as file:
-        print(json.dumps(record), file=file)
-    first, last = (f"{loss:.4f}" if loss is not None else "-" for loss in (metrics.first_loss, metrics.last_loss))
-    log.info(
-        f"This sitting: steps {first_step:,} to {at.step:,}, {metrics.tokens:,} tokens in {minutes:.1f} minutes at "
-        f"{metrics.tokens_per_s:,.0f} tokens/s, loss {first} to {last}. Ended: {reason}."
-    )
-    log.info(_whats_next(cfg, reason))
-
-
-def _whats_next(cfg: RunConfig, reason: str) -> str:
-    try_it = f"Try the model: python launch/generate.py {cfg.run_folder} --prompt TEXT"
-    if reason == "budget spent":
-        return f"The budget of {cfg.train.total_step_budget:,} steps is spent. {try_it}"
-    return "Run the same command again to go on." if _goes_on(reason) else f"The chosen data has been trained on. {try_it}"
-
-
-def _goes_on(reason: str) -> bool:
-    return reason != "phase finished" and not reason.startswith("Nothing new")

@@ -4,8 +4,8 @@ import numpy as np
 from counting_shards import counting_shards
 
 from llm.data.audit import audit_phase
-from llm.data.ledger import Phase
 from llm.data.permutation import Permutation
+from llm.data.phase import Phase
 from llm.data.sampler import Sampler
 
 

@@ -7,9 +7,11 @@ import numpy as np
 import pytest
 from counting_shards import counting_shards, write_counting
 
-from llm.data import ledger as ledger_module
-from llm.data.ledger import Ledger, LedgerError, Phase, new_shards, seen, seen_view
+from llm.data import phase as phase_module
+from llm.data.ledger import Ledger, LedgerError, new_shards
 from llm.data.manifest import find_shards
+from llm.data.phase import Phase
+from llm.data.seen import seen_by_unit, seen_view
 
 SIZES = [100, 33, 34, 1, 57]
 L = 8
@@ -54,7 +56,7 @@ def test_validation_shards_are_never_planned(tmp_path):
 
 
 def test_draws_of_each_shard_are_counted_exactly(shards, monkeypatch):
-    monkeypatch.setattr(ledger_module, "COUNT_DRAWS", 5)  # so that the count is put together from many pieces
+    monkeypatch.setattr(phase_module, "COUNT_DRAWS", 5)  # so that the count is put together from many pieces
     phase = plan(shards, epochs=4)
     n = phase.samples
     for start, stop in [(0, 0), (0, 1), (3, 17), (0, n), (5, n + 5), (n - 1, 3 * n + 2), (n, 2 * n), (0, phase.total)]:
@@ -149,7 +151,7 @@ PHASE, SHARD = ("phases", 1), ("phases", 1, "shards", 0)
 
 
 @pytest.mark.parametrize(("path", "new", "message"), [
-    (("version",), 2, "version 2, this program reads 1"),
+    (("version",), 3, "version 3, this program reads 2"),
     (("version",), KeyError, "version"),
     (("extra",), 1, "extra"),
     (("phases",), {}, "phases"),
@@ -164,7 +166,11 @@ PHASE, SHARD = ("phases", 1), ("phases", 1, "shards", 0)
     ((*PHASE, "weight"), 1, r"phases\.1\.weight"),
     ((*PHASE, "name"), "p1", "share a name: p1, p1"),
     ((*PHASE, "algorithm"), "other/v2", "p2: ordered by other/v2, this program has feistel"),
-    ((*PHASE, "shards"), [], "p2: its shards must be sorted"),
+    ((*PHASE, "shards"), [], "p2: its shares do not fit its 0 shards"),
+    ((*PHASE, "shares"), [], "p2: its shares do not fit its 3 shards"),
+    ((*PHASE, "shares", 0, "n_shards"), 2, "p2: its shares do not fit its 3 shards"),
+    ((*PHASE, "shares", 0, "is_replay"), True, "p2: its shares do not fit"),
+    ((*PHASE, "shares", 0, "weight"), 0, r"phases\.1\.shares\.0\.weight"),
     ((*PHASE, "seq_len"), 9, r"p2: shard text-.* cannot have"),
     ((*SHARD, "shard_id"), "f" * 64, "p2: its shards must be sorted"),
     ((*SHARD, "n_samples"), 9, r"p2: shard text-.* cannot have 9 samples"),
@@ -232,8 +238,8 @@ def test_seen_is_the_exact_fraction_of_a_shards_samples(shards):
         now = ledger.advance(consumed, step=1)
         for index, shard in enumerate(phase.shards):
             walked = counted_by_walking(phase, 0, min(consumed, phase.samples))[index]
-            assert seen(now, shard.unit_ids[0]) == (walked / shard.n_samples if shard.n_samples else 0.0)
-    assert seen(ledger, "no such unit") == 0.0
+            assert seen_by_unit(now)[shard.unit_ids[0]] == (walked / shard.n_samples if shard.n_samples else 0.0)
+    assert "no such unit" not in seen_by_unit(ledger)
 
 
 def test_samples_seen_in_several_phases_count_once(shards):
@@ -244,7 +250,7 @@ def test_samples_seen_in_several_phases_count_once(shards):
     ends = both.phases[0].shard_ends
     by_shard = np.bincount(np.searchsorted(ends, union, side="right"), minlength=5)
     for shard, count in zip(both.phases[0].shards, by_shard, strict=True):
-        assert seen(both, shard.unit_ids[0]) == count / max(1, shard.n_samples)
+        assert seen_by_unit(both)[shard.unit_ids[0]] == count / max(1, shard.n_samples)
 
 
 def test_the_view_tells_files_percentages_and_steps(shards):

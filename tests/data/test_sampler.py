@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from counting_shards import PAD_ID, TOKENIZER, counting_shards, write_counting
 
-from llm.data.ledger import Phase, count_samples
+from llm.data.phase import Phase, count_samples
 from llm.data.sampler import Sampler, Windows
 from llm.data.shards import Shard, ShardError
 

@@ -6,7 +6,7 @@ import torch
 from counting_shards import PAD_ID, counting_shards
 
 from llm.data import stream as stream_module
-from llm.data.ledger import Phase
+from llm.data.phase import Phase
 from llm.data.sampler import Sampler
 from llm.data.shards import ShardError
 from llm.data.stream import Batch, Stream, chain, count_targets, eval_batches, micro_batches, step_digest

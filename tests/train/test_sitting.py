@@ -48,6 +48,18 @@ def test_each_sitting_adds_a_line_that_says_from_where_to_where_and_why_it_ended
     assert second["loss_last"] < first["loss_first"]
 
 
+def tokens_today(world: World, config: str, tokens: int) -> int:
+    return sit(world, config, tokens_today=tokens)["step"]
+
+
+@pytest.mark.parametrize(("tokens", "steps"), [(61, 2), (62, 3), (93, 3), (94, 4)])
+def test_tokens_today_ends_after_the_step_that_reaches_them(tmp_path, tokens, steps):
+    config = make_run(tmp_path)  # the first three steps have 29, 32 and 32 targets
+    assert run_ranks(tokens_today, 2, tmp_path, str(config), tokens)[0] == steps
+    (sitting,) = map(json.loads, (run_of(config) / "logs" / "sittings.jsonl").read_text().splitlines())
+    assert (sitting["why"], sitting["to_step"]) == (f"--tokens-today {tokens} done", steps)
+
+
 def test_the_view_of_the_ledger_names_the_files_with_percentages_and_steps(tmp_path):
     config = make_run(tmp_path)
     run_ranks(sit_twice, 1, tmp_path, str(config))

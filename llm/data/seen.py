@@ -1,0 +1,71 @@
+"""What the ledger says, in the terms of people: which files, how much of them, and whether a text was trained on."""
+
+from dataclasses import asdict
+
+import numpy as np
+
+from .ledger import Ledger
+from .phase import Phase
+
+
+def seen_by_unit(ledger: Ledger) -> dict[str, float]:
+    """For each unit that a phase holds, the fraction of its shard's samples that were trained on at least once."""
+    masks: dict[tuple[str, int], np.ndarray] = {}
+    units: dict[tuple[str, int], tuple[str, ...]] = {}
+    for phase in ledger.phases:
+        for index, shard in enumerate(phase.shards):
+            key = (shard.shard_id, phase.seq_len)
+            masks[key] = masks.get(key, False) | phase.seen_samples(index)
+            units[key] = shard.unit_ids
+    fractions: dict[str, float] = {}
+    for key, mask in masks.items():
+        fraction = float(mask.mean()) if mask.size else 0.0
+        for unit_id in units[key]:
+            fractions[unit_id] = max(fractions.get(unit_id, 0.0), fraction)
+    return fractions
+
+
+def seen_view(ledger: Ledger, earlier: dict | None = None) -> dict:
+    """The ledger in words for people: file names, percentages and steps. Nothing reads it back.
+
+    `earlier` is this program's own view of a moment ago, if it has one: then only the draws since are counted.
+    """
+    known = {phase["plan"]: phase for phase in (earlier or {"phases": []})["phases"]}
+    return {"phases": [_phase_view(phase, known.get(phase.plan_id()), phase is ledger.open_phase) for phase in ledger.phases]}
+
+
+def _phase_view(phase: Phase, earlier: dict | None, is_open: bool) -> dict:
+    if earlier and earlier["samples_consumed"] <= phase.consumed:
+        before = np.array([file["samples_drawn"] for file in earlier["files"]], np.int64)
+        drawn = before + phase.draw_counts(earlier["samples_consumed"], phase.consumed)
+    else:
+        drawn = phase.draw_counts(0, phase.consumed)
+    weights = sum(share.weight for share in phase.shares)
+    return {
+        "phase": phase.name,
+        "dataset": phase.dataset,
+        "state": "done" if phase.is_done else "open" if is_open else "left unfinished",
+        "percent_done": _percent(phase.consumed, phase.total),
+        "epochs": phase.epochs,
+        "shares": [{"name": s.name, "files": s.n_shards, "percent_of_draws": _percent(s.weight, weights)} for s in phase.shares],
+        "first_step": phase.first_step,
+        "last_step": phase.last_step,
+        "samples_consumed": phase.consumed,
+        "samples_skipped": [asdict(s) for s in phase.skipped],
+        "plan": phase.plan_id(),
+        "files": [
+            {
+                "file": f"{shard.name}.bin",
+                "percent_seen": _percent(min(drawn, shard.n_samples), shard.n_samples),
+                "tokens": shard.n_tokens,
+                "samples_drawn": drawn,
+                "shard_id": shard.shard_id,
+            }
+            for shard, drawn in zip(phase.shards, drawn.tolist(), strict=True)
+        ],
+    }
+
+
+def _percent(part: int, whole: int) -> float:
+    """Rounded down: 100.0 means all of it."""
+    return 10_000 * part // max(1, whole) / 100
