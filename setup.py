@@ -3,11 +3,11 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 extras = {
-    "data": ["pyarrow", "zstandard", "datasets", "huggingface_hub"],
+    "data": ["pyarrow", "huggingface_hub"],
     "mpi": ["mpi4py", "openmpi"],
     "chat": ["gradio"],
     "eval": ["transformers", "lm-eval"],
-    "test": ["pytest", "pytest-timeout", "ruff"],
+    "test": ["pytest", "pytest-timeout", "ruff", "pyarrow", "huggingface_hub"],
 }
 
 setup(

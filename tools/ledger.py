@@ -31,8 +31,7 @@ def main() -> None:
     add["diff"].add_argument("run", metavar="run_a")
     add["diff"].add_argument("other", metavar="run_b")
     add["seen"].add_argument("file", type=Path, help="a raw .txt or .jsonl, or a shard's .bin or .meta.json")
-    add["seen"].add_argument("--separator", metavar="S", help="as given to tokenize_parallel.py: divides .txt files into documents")
-    add["seen"].add_argument("--text-field", default="text", metavar="NAME", help="as given to tokenize_parallel.py (default: %(default)s)")
+    add["seen"].add_read_options()
     args = parser.parse_args()
     COMMANDS[args.command](args)
 
@@ -265,7 +264,7 @@ def _seen(args) -> None:
 
 
 def _hint(separator: str | None) -> str:
-    return "" if separator else "; if it was tokenized with --separator or --text-field, give the same here"
+    return "" if separator else "; if it was tokenized with --separator, --text-field or --format, give the same here"
 
 
 def _tell_phase(phase, units: set[str]) -> None:
@@ -303,11 +302,11 @@ def _role(path: Path) -> str:
 
 
 def _units_of_text(args, sources: list[dict], known: set[str]) -> dict[str, int]:
-    from llm.corpus.documents import ReadOptions, separator_from
+    from llm.corpus.options import read_options
     from llm.corpus.recognise import units_of_file
     from llm.log import progress
 
-    options = ReadOptions(separator_from(args.separator), args.text_field)
+    options = read_options(args)
     with progress(args.file.stat().st_size if args.file.exists() else 0, "reading the file", "bytes") as bar:
         units = units_of_file(args.file, sources, known, options, bar.advance)
     return {unit.unit_id: unit.n_bytes for unit in units}

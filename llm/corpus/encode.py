@@ -11,10 +11,13 @@ from pathlib import Path
 
 import numpy as np
 
-from llm.corpus.documents import Counts, Document, ReadOptions, read_documents
+from llm.corpus.conversations import Template
+from llm.corpus.documents import Counts, Document, read_documents
+from llm.corpus.options import ReadOptions
 from llm.corpus.parts import DIGEST_BYTES, ROLES, EncodedUnit, write_part
 from llm.corpus.plan import Task, Unit
 from llm.data.permutation import Permutation
+from llm.log import UserError
 from llm.tokenizer import Tokenizer, load_tokenizer
 
 _SOURCE_TAG = b"tally-source/v1"
@@ -64,15 +67,14 @@ def encode_unit(unit: Unit, job: Job, tokenizer: Tokenizer) -> EncodedUnit:
     """The unit's documents as tokens, each ended by end-of-text; without tokens if the dataset holds them already."""
     if job.known_units:
         counts = Counts()
-        digests = [document_digest(document.text.encode()) for document in _documents(unit, job, counts)]
+        digests = [document_digest(document.identity()) for document in _documents(unit, job, counts)]
         if (unit_id := unit_id_of(digests)) in job.known_units:
             return EncodedUnit(unit_id, digests, counts, {}, {})
     counts, digests, encoded, text_bytes = Counts(), [], [], []
     for batch in _batches(_documents(unit, job, counts)):
-        for text, ids in zip(batch, tokenizer.encode_batch(batch), strict=True):
-            content = text.encode()
-            digests.append(document_digest(content))
-            text_bytes.append(len(content))
+        for document, ids in zip(batch, encode_documents(batch, job.options.template, tokenizer), strict=True):
+            digests.append(document_digest(document.identity()))
+            text_bytes.append(len(document.text.encode()))
             encoded.append(ids.astype(job.dtype))
     unit_id, n_bytes, tokens = unit_id_of(digests), {}, {}
     order = _order(len(digests), unit_id, job.shuffle_seed)
@@ -81,6 +83,23 @@ def encode_unit(unit: Unit, job: Job, tokenizer: Tokenizer) -> EncodedUnit:
         n_bytes[role] = sum(text_bytes[i] for i in chosen)
         tokens[role] = _joined([encoded[i] for i in chosen], tokenizer.eos_id, job.dtype)
     return EncodedUnit(unit_id, digests, counts, n_bytes, tokens)
+
+
+def encode_documents(documents: list[Document], template: Template, tokenizer: Tokenizer) -> list[np.ndarray]:
+    """The ids of each document, without an end-of-text. Names of special tokens become those tokens only where the template has put them."""
+    segments = [document.segments(template) for document in documents]
+    texts = iter(tokenizer.encode_batch([segment.text for some in segments for segment in some if not segment.is_special]))
+    pieces = [[_special(segment.text, tokenizer) if segment.is_special else next(texts) for segment in some] for some in segments]
+    return [some[0] if len(some) == 1 else np.concatenate(some) for some in pieces]
+
+
+def _special(name: str, tokenizer: Tokenizer) -> np.ndarray:
+    if name not in tokenizer.special_ids:
+        raise UserError(
+            f"the chat template has {name!r}, which is no special token of this tokenizer ({', '.join(tokenizer.special_ids)}). Give a --template "
+            f"that fits it, or a tokenizer that has ChatML's tokens, as those of tools/train_tokenizer.py do."
+        )
+    return np.array([tokenizer.special_ids[name]], np.uint32)
 
 
 def unit_id_of(digests: Iterable[bytes]) -> str:
@@ -129,10 +148,10 @@ def _documents(unit: Unit, job: Job, counts: Counts) -> Iterator[Document]:
     return read_documents(unit.source.path, unit.source.name, unit.start, unit.stop, job.options, counts)
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch, n_chars = [], 0
     for document in documents:
-        batch.append(document.text)
+        batch.append(document)
         n_chars += len(document.text)
         if n_chars >= BATCH_CHARS:
             yield batch
