@@ -4,7 +4,7 @@ POINTS lie in a save, in the order in which it passes them; init, compile, step,
 What the rank does when it comes to the point for the nth time:
 
   kill      SIGKILL (the default)        ENOSPC EIO MemoryError    raises that
-  hang      never comes back             bitflip                   turns a bit of the file just written
+  hang      never comes back             bitflip                   turns a bit of the file just written (on_disk)
   hold      says so in a file of the folder HOLD (reached-RANK, with its pid) and waits there for the file `go`
   crash     raises a ValueError          late                      goes on after five seconds
 
@@ -16,6 +16,7 @@ import os
 import random
 import signal
 import time
+from collections.abc import Callable
 from itertools import count
 from pathlib import Path
 
@@ -40,8 +41,10 @@ def install(rank: int, hold: Path) -> None:
 def _arm(point: str, victim: int, nth: int, kind: str, hold: Path) -> None:
     visits = count(1)
 
-    def fire(path: Path | None = None) -> None:
+    def fire(path: Path | None = None, first: Callable[[], None] | None = None) -> None:
         if next(visits) == nth:
+            if first:
+                first()
             ACTS[kind](victim, hold, path)
 
     WRAPS[point](fire)
@@ -119,18 +122,28 @@ def _around(owner, name: str, *, before=None, after=None) -> None:
     setattr(owner, name, wrapped)
 
 
+def _path_of(handle: int) -> Path:
+    return Path(os.readlink(f"/proc/self/fd/{handle}"))
+
+
+def _is_shard_of_a_save(path: Path) -> bool:
+    return path.name.startswith("shard-") and path.parent.name.startswith(".tmp-step-")
+
+
 def _in_a_shard(fire) -> None:
-    from llm.checkpoint import slices
+    """Half of a shard is written, and none of it is safe on the disk."""
 
-    pieces = slices._pieces
+    def half(args) -> None:
+        path = _path_of(args[0])
+        if _is_shard_of_a_save(path):
+            fire(path, first=lambda: os.truncate(path, path.stat().st_size // 2))
 
-    def until_half(header, of):
-        for n, piece in enumerate(pieces(header, of)):
-            if n == 2 + len(of) // 2:  # the header's two pieces and half of the slices are written
-                fire()
-            yield piece
+    _around(os, "fsync", before=half)
 
-    slices._pieces = until_half
+
+def _on_disk(fire) -> None:
+    """A shard is written and safe, but not read back yet."""
+    _around(os, "fsync", after=lambda args: fire(_path_of(args[0])) if _is_shard_of_a_save(_path_of(args[0])) else None)
 
 
 def _on_publishing(fire) -> None:
@@ -149,18 +162,13 @@ def _in_pruning(fire) -> None:
     def half(args) -> None:
         shards = list(Path(args[0]).glob("shard-*"))
         if Path(args[0]).name.startswith(".trash-step-") and shards:
-            shards[0].unlink()
-            fire()
+            fire(first=shards[0].unlink)
 
     _around(folder.shutil, "rmtree", before=half)
 
 
 def _in_fsync(fire) -> None:
-    def of_a_save(args) -> None:
-        if "/.tmp-step-" in os.readlink(f"/proc/self/fd/{args[0]}"):
-            fire()
-
-    _around(os, "fsync", before=of_a_save)
+    _around(os, "fsync", before=lambda args: fire() if "/.tmp-step-" in str(_path_of(args[0])) else None)
 
 
 def _saver():
@@ -207,12 +215,13 @@ def _first_step(fire) -> None:
 WRAPS = {
     "before_shard": lambda fire: _around(_saver(), "write_slices", before=lambda _: fire()),
     "mid_shard": _in_a_shard,
-    "after_shard": lambda fire: _around(_saver(), "write_slices", after=lambda args: fire(args[0])),
+    "on_disk": _on_disk,
+    "after_shard": lambda fire: _around(_saver(), "write_slices", after=lambda _: fire()),
     "before_barrier": lambda fire: _around(_saver().Save, "commit", before=lambda _: fire()),
     "before_manifest": _on_publishing,
     "before_rename": lambda fire: _on_rename(fire, "before"),
     "after_rename": lambda fire: _on_rename(fire, "after"),
-    "before_prune": lambda fire: _around(_saver().folder, "prune", before=lambda _: fire()),
+    "before_prune": lambda fire: _around(_run().Keeper, "_after_commit", before=lambda _: fire()),
     "mid_prune": _in_pruning,
     "staging": lambda fire: _around(_saver().Staging, "copy", before=lambda _: fire()),
     "fsync": _in_fsync,

@@ -28,7 +28,7 @@ def whole(tmp_path_factory):
 # Ten saves: every second one fails, each in another way. A point counts only the saves that come as far.
 FAILING = {
     "mid_shard:1:1:ENOSPC": "rank 1: [Errno 28] No space left",
-    "after_shard:0:3:bitflip": "rank 0: .*what was read back is not what was written",
+    "on_disk:0:3:bitflip": "rank 0: .*what was read back is not what was written",
     "before_shard:1:5:MemoryError": "rank 1: MemoryError",
     "manifest:0:4:EIO": "rank 0: [Errno 5] Input/output error",
     "before_rename:0:5:EROFS": "rank 0: [Errno 30] Read-only file system",
@@ -37,7 +37,7 @@ FAILING_TOO = {
     "fsync:1:1:EIO": "rank 1: [Errno 5]",
     "mid_shard:0:3:EDQUOT": "rank 0: [Errno 122] Disk quota exceeded",
     "staging:1:5:MemoryError": "rank 1: MemoryError",
-    "after_shard:1:6:bitflip": "rank 1: .*what was read back",  # the sixth that comes as far as a shard, the seventh save
+    "on_disk:1:6:bitflip": "rank 1: .*what was read back",  # the sixth that comes as far as a shard, the seventh save
 }
 
 

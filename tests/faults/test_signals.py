@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from counts import TORTURE
 from launched import Launched
 from little_run import make_run
 
@@ -43,6 +44,14 @@ ASKED = {
     "launcher, SIGTERM, step, deepspeed": ("deepspeed", "launcher", signal.SIGTERM, "step:all:3:hold", None),
     "launcher, SIGKILL, eval, deepspeed": ("deepspeed", "launcher", signal.SIGKILL, "eval:all:1:hold", None),
     "launcher, SIGKILL, step": ("torchrun", "launcher", signal.SIGKILL, "step:all:3:hold", 3),
+    "launcher, SIGTERM, compile": ("torchrun", "launcher", signal.SIGTERM, "compile:all:1:hold", 1),
+    "worker 1, SIGINT, init": ("torchrun", "worker", signal.SIGINT, "init:all:1:hold", 0),
+    "worker 1, SIGTERM, compile": ("deepspeed", "worker", signal.SIGTERM, "compile:all:1:hold", 1),
+    "all at once, SIGTERM, eval": ("torchrun", "all", signal.SIGTERM, "eval:all:1:hold", 2),
+    "all at once, SIGINT, init": ("deepspeed", "all", signal.SIGINT, "init:all:1:hold", 0),
+    "worker 1, SIGTERM, save": ("torchrun", "worker", signal.SIGTERM, "save:all:1:hold", 2),
+    "worker 0, SIGINT, compile, alone": ("python", "worker", signal.SIGINT, "compile:all:1:hold", 1),
+    "worker 0, SIGHUP, eval, alone": ("python", "worker", signal.SIGHUP, "eval:all:1:hold", 2),
     "worker 0, SIGUSR1, save, alone": ("python", "worker", signal.SIGUSR1, "save:all:1:hold", 2),
 }
 
@@ -51,7 +60,7 @@ ASKED = {
 SAMPLE = ["launcher, SIGTERM, step", "launcher, SIGUSR1 not passed on, step", "worker 1, SIGHUP, eval", "launcher, SIGKILL, eval, deepspeed"]
 
 
-@pytest.mark.parametrize("case", ASKED if os.environ.get("TORTURE") else SAMPLE)
+@pytest.mark.parametrize("case", ASKED if TORTURE else SAMPLE)
 def test_a_signal_ends_every_rank_with_one_checkpoint_and_leaves_no_orphan(config, case):
     name, who, number, fault, expected = ASKED[case]
     ranks = (0,) if name == "python" else (0, 1)
