@@ -1,14 +1,19 @@
 """One run that moves from topology to topology: the same state after every load, every sample once, the losses of the run that never moved."""
 
 import json
+from pathlib import Path
 
 import pytest
-from counts import TORTURE, done
+import torch
+from counts import TORTURE, done, torture
 from little_run import fed_by_step, fed_targets, losses
 from lives import CORPUS, committed, fault_run, live, uninterrupted
 from ranks import run_ranks
 
+from llm.checkpoint.manifest import Manifest, Parameter
 from llm.checkpoint.resume import newest
+from llm.checkpoint.saver import save
+from llm.checkpoint.slices import KINDS, Slice
 from llm.config import load_config
 from llm.data.audit import audit_phase, step_problems
 from llm.data.ledger import Ledger
@@ -46,14 +51,6 @@ def test_ranks_and_stages_change_from_sitting_to_sitting_and_the_state_does_not(
 
 
 def save_three_values(world: World, run: str) -> int:
-    from pathlib import Path
-
-    import torch
-
-    from llm.checkpoint.manifest import Manifest, Parameter
-    from llm.checkpoint.saver import save
-    from llm.checkpoint.slices import KINDS, Slice
-
     values = torch.arange(3.0)[world.rank : world.rank + 1]  # nothing on rank 3
     manifest = Manifest(
         run_id="r", attempt=1, step=1, tokens_seen=0, parent=None, world_size=world.size, global_rows=4, config={}, tokenizer_fingerprint="f",
@@ -63,6 +60,7 @@ def save_three_values(world: World, run: str) -> int:
     return len(values)
 
 
+@torture
 def test_more_ranks_than_a_parameter_has_values_leave_some_with_none(tmp_path):
     (tmp_path / "run").mkdir()
     assert run_ranks(save_three_values, 4, tmp_path, str(tmp_path / "run")) == [1, 1, 1, 0]
