@@ -71,6 +71,9 @@ def targets_of_the_corpus(*ranges: tuple[int, int]) -> Counter:
     return Counter(i for first, last in ranges for i in range(first + 1, last))
 
 
+CORPUS = targets_of_the_corpus((0, 150), (200, 341))  # of make_run
+
+
 def sit(world: World, config: str, overrides: list[str] = (), fed: str | None = None, **options) -> dict:
     """One sitting of training in this process. Notes in the folder `fed` which targets each step was fed, as the engine got them.
 
@@ -82,12 +85,17 @@ def sit(world: World, config: str, overrides: list[str] = (), fed: str | None = 
     cfg = load_config(config, list(overrides))
     wish = Wish(**{key: options.pop(key) for key in ("only_new", "reset_epoch", "dataset", "replay") if key in options})
     if fed:
-        _forget_undone(world, Path(fed), cfg.run_folder)
-        _record_what_is_fed(world, training, Path(fed), cfg.run_folder)
+        listen(world, Path(fed), cfg.run_folder)
     training.train(cfg, world, training.Options(started_at=time.monotonic(), wish=wish, **options))
     entries = folder.entries(cfg.run_folder)
     manifest = read_manifest(entries[-1].path) if entries else None
     return {"step": manifest.step, "state": manifest.state_hash, "chain": manifest.chain, "ledger": manifest.ledger} if manifest else {}
+
+
+def listen(world: World, fed: Path, run: Path) -> None:
+    """From now on each step notes in `fed` what the engine gets. Collective."""
+    _forget_undone(world, fed, run)
+    _record_what_is_fed(world, fed, run)
 
 
 def _forget_undone(world: World, fed: Path, run: Path) -> None:
@@ -100,7 +108,9 @@ def _forget_undone(world: World, fed: Path, run: Path) -> None:
     world.barrier()
 
 
-def _record_what_is_fed(world: World, training, fed: Path, run: Path) -> None:
+def _record_what_is_fed(world: World, fed: Path, run: Path) -> None:
+    from llm.train import run as training
+
     build = training.build_engine
 
     def build_and_listen(*args):

@@ -10,7 +10,7 @@ import threading
 from pathlib import Path
 
 import pytest
-from little_run import add_shard, fed_by_step, fed_targets, losses, make_run, make_tokenizer, sit, targets_of_the_corpus
+from little_run import CORPUS, add_shard, fed_by_step, fed_targets, losses, make_run, make_tokenizer, sit, targets_of_the_corpus
 from ranks import run_ranks
 
 from llm.checkpoint import folder
@@ -22,7 +22,6 @@ from llm.data.ledger import Ledger
 from llm.data.shards import ShardError
 from llm.dist import World
 
-CORPUS = targets_of_the_corpus((0, 150), (200, 341))
 STEPS = 10
 
 
