@@ -181,7 +181,7 @@ def test_everything_under_a_launcher_killed_at_random_times(tmp_path, whole, lau
     while code != 0:
         with Launched(launcher, config, "--retry-anyway", FED=str(tmp_path / "fed")) as run:
             run.until(lambda: "starts at step" in run.output or "resumes" in run.output or run.process.poll() is not None, "trains")
-            time.sleep(times.uniform(0, 2.5) if kills < 5 else 0)  # the random moment itself
+            time.sleep(times.uniform(0, 0.6) if kills < 5 else 0)  # the random moment itself
             if kills < 5:
                 for pid in run.alive():
                     os.kill(pid, signal.SIGKILL)
