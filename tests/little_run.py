@@ -104,7 +104,7 @@ def _forget_undone(world: World, fed: Path, run: Path) -> None:
     if world.rank == 0:
         for path in fed.iterdir():
             if int(path.name.split("-")[1]) >= done:
-                path.unlink()
+                path.unlink(missing_ok=True)
     world.barrier()
 
 

@@ -1,6 +1,5 @@
 """A sitting from start to end: open the data, find where the run stands, build model and engine, train phase after phase, tell what happened."""
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import closing
@@ -12,7 +11,7 @@ from torch import nn
 from llm.checkpoint import folder
 from llm.checkpoint.lock import LockError, RunLock
 from llm.checkpoint.resume import Checkpoint, newest, open_checkpoint
-from llm.checkpoint.rng import set_rng_state
+from llm.checkpoint.rng import load_rng_state
 from llm.checkpoint.saver import SaveFailed
 from llm.checkpoint.slices import CheckpointError, state_hash
 from llm.config import BatchPlan, ConfigError, RunConfig, batch_plan
@@ -230,7 +229,7 @@ def _engine(cfg: RunConfig, world: World, checkpoint: Checkpoint | None, source:
         )
     rng = checkpoint.folder / f"rank-{world.rank:05d}-of-{world.size:05d}.json"
     if rng.exists():
-        set_rng_state(json.loads(rng.read_text()))
+        load_rng_state(rng)
     return engine
 
 
