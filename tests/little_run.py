@@ -109,9 +109,9 @@ def _forget_undone(world: World, fed: Path, run: Path) -> None:
 
 
 def _record_what_is_fed(world: World, fed: Path, run: Path) -> None:
-    from llm.train import run as training
+    from llm.train import start as starting
 
-    build = training.build_engine
+    build = starting.build_engine
 
     def build_and_listen(*args):
         engine = build(*args)
@@ -126,7 +126,7 @@ def _record_what_is_fed(world: World, fed: Path, run: Path) -> None:
         engine.train_step = listening
         return engine
 
-    training.build_engine = build_and_listen
+    starting.build_engine = build_and_listen
 
 
 def fed_targets(fed: Path) -> Counter:

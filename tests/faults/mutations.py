@@ -93,13 +93,13 @@ MUTATIONS = {
         "tests/checkpoint/test_power_cut.py -k at_any_moment",
     ),
     "the state hash after loading": Mutation(
-        "llm/train/run.py",
+        "llm/train/start.py",
         "    if loaded != checkpoint.manifest.state_hash:",
         "    if False:",
         "tests/train/test_promises.py -k differs_from_what_was_saved",
     ),
     "the Adam step in a checkpoint": Mutation(
-        "llm/train/run.py",
+        "llm/train/start.py",
         "    engine.load_state(checkpoint.manifest.engine)\n",
         "",
         "tests/faults/test_kills.py -k at_each_point",

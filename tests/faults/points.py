@@ -202,14 +202,16 @@ def _forward(fire) -> None:
 
 
 def _first_step(fire) -> None:
-    build = _run().build_engine
+    from llm.train import start as starting
+
+    build = starting.build_engine
 
     def build_and_wrap(*args):
         engine = build(*args)
         _around(engine, "train_step", before=lambda _: fire())
         return engine
 
-    _run().build_engine = build_and_wrap
+    starting.build_engine = build_and_wrap
 
 
 WRAPS = {
