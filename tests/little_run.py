@@ -1,20 +1,25 @@
 """A run small enough for tests: token i of the corpus has id i, so what was fed says by its value where it came from."""
 
 import json
+import os
+import signal
 import time
 from collections import Counter
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import tokenizers
+from ranks import exit_codes, run_ranks
 
 from llm.checkpoint import folder
-from llm.checkpoint.manifest import read_manifest
+from llm.checkpoint.manifest import Manifest, read_manifest
 from llm.config import load_config
 from llm.data.ledger import Ledger
 from llm.data.manifest import write_manifest
 from llm.data.shards import token_dtype, write_shard
 from llm.dist import World
+from llm.log import UserError
 from llm.tokenizer import SPECIAL_TOKENS, load_tokenizer, tokenizer_info
 
 WORDS = 2000
@@ -116,11 +121,11 @@ def _record_what_is_fed(world: World, fed: Path, run: Path) -> None:
     def build_and_listen(*args):
         engine = build(*args)
         train_step, start = engine.train_step, max((e.step for e in folder.entries(run)), default=0)
-        count = iter(range(start, 10**6))
+        steps = count(start)
 
         def listening(batches, *rest):
             targets = [int(t) for batch in batches for t in batch.targets_BT.flatten() if t != -100]
-            (fed / f"step-{next(count)}-rank-{world.rank}").write_text(json.dumps(targets))
+            (fed / f"step-{next(steps)}-rank-{world.rank}").write_text(json.dumps(targets))
             return train_step(batches, *rest)
 
         engine.train_step = listening
@@ -142,8 +147,23 @@ def fed_by_step(fed: Path) -> dict[int, list[int]]:
     return {step: sorted(targets) for step, targets in sorted(steps.items())}
 
 
+def sit_alone(tmp_path: Path, config: Path, *args, **kwargs) -> dict:
+    """One sitting in a process of its own, so that its redirected output and threads stay there."""
+    (result,) = run_ranks(sit_with, 1, tmp_path, str(config), *args, kwargs)
+    return result
+
+
+def sit_with(world: World, config: str, *args) -> dict:
+    *positional, options = args
+    return sit(world, config, *positional, **options)
+
+
+def newest_manifest(config: Path) -> Manifest:
+    return read_manifest(folder.entries(load_config(config).run_folder)[-1].path)
+
+
 def newest_ledger(config: Path) -> Ledger:
-    return Ledger.from_json(read_manifest(folder.entries(load_config(config).run_folder)[-1].path).ledger)
+    return Ledger.from_json(newest_manifest(config).ledger)
 
 
 def losses(config: Path) -> dict[int, float]:
@@ -151,3 +171,32 @@ def losses(config: Path) -> dict[int, float]:
     path = load_config(config).log_folder / "metrics.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     return {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
+
+
+def message_of(world: World, config: str, overrides: list[str]) -> str:
+    """The user's mistake that a sitting ends with, or `went on`."""
+    try:
+        sit(world, config, overrides)
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
+    return "went on"
+
+
+def run_and_kill(tmp_path: Path, config: Path, fed: Path, after: int, save: str = "async_save=true") -> int:
+    """A sitting whose process kills itself once `after` updates are applied; its exit code."""
+    (code,) = exit_codes(sit_until_killed, 1, tmp_path, str(config), str(fed), after, save)
+    return code
+
+
+def sit_until_killed(world: World, config: str, fed: str, after: int, save: str) -> None:
+    from llm.train import loop
+
+    applied, chain = count(1), loop.chain
+
+    def count_and_die(*args):
+        if next(applied) == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return chain(*args)
+
+    loop.chain = count_and_die
+    sit(world, config, ["save_every=2", save], fed, retry_anyway=True)

@@ -1,17 +1,16 @@
 """Lives of a run: ranks forked from a server that has imported everything, so that a life takes a second or two; and what must be true at the end."""
 
 import json
-import multiprocessing
 import os
 import signal
 import time
 from collections import Counter
 from dataclasses import dataclass
-from multiprocessing import forkserver
 from pathlib import Path
 
 from counts import done
 from little_run import CORPUS, fed_targets, losses, make_run
+from ranks import fork
 
 from llm.checkpoint import folder
 from llm.checkpoint.resume import newest
@@ -21,7 +20,6 @@ from llm.data.ledger import Ledger
 from llm.dist import World
 
 LIMIT_S = 90
-_context = multiprocessing.get_context("forkserver")
 
 
 @dataclass(frozen=True)
@@ -37,13 +35,10 @@ class Life:
 
 def start(config: Path, ranks: int, *words: str, fault: str = "", **options) -> "Group":
     """Ranks that train in a sitting of this run; `words` change the config, `options` are those of a sitting."""
-    _serve()
     place = config.parent / "lives" / str(time.monotonic_ns())
     place.mkdir(parents=True)
     arguments = (ranks, str(place), str(config), words, fault, {"retry_anyway": True} | options)
-    processes = [_context.Process(target=_one_rank, args=(rank, *arguments), daemon=True) for rank in range(ranks)]
-    for process in processes:
-        process.start()
+    processes = [fork(_one_rank, rank, *arguments) for rank in range(ranks)]
     done["lives"] += 1
     return Group(processes, place)
 
@@ -101,19 +96,6 @@ class Group:
         output = "".join(path.read_text(errors="replace") for path in sorted(self.place.glob("out-*")))
         assert not hanging, f"ranks {hanging} still ran after {limit_s} s\n{output}"
         return Life([p.exitcode for p in self.processes], output)
-
-
-def _serve() -> None:
-    """Start the server with everything imported; it finds modules by PYTHONPATH alone."""
-    here, root = Path(__file__).parent, Path(__file__).parents[2]
-    before = {name: os.environ.get(name) for name in ("PYTHONPATH", "OMP_NUM_THREADS")}
-    os.environ |= {"PYTHONPATH": os.pathsep.join(map(str, (root, here, here.parent))), "OMP_NUM_THREADS": "1"}
-    _context.set_forkserver_preload(["pytest", "torch", "deepspeed", "llm.train.run", "llm.engine.torch_engine", "little_run", "points"])
-    try:
-        forkserver.ensure_running()
-    finally:
-        for name, value in before.items():
-            os.environ.pop(name) if value is None else os.environ.update({name: value})
 
 
 def _one_rank(rank: int, ranks: int, place: str, config: str, words: tuple, fault: str, options: dict) -> None:

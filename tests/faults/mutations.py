@@ -66,7 +66,7 @@ MUTATIONS = {
         "llm/train/loop.py",
         "        if ranks_written == world.size:",
         "        if ranks_written:",
-        "tests/train/test_promises.py -k steps_are_taken_while_a_rank_writes",
+        "tests/train/test_saving.py -k steps_are_taken_while_a_rank_writes",
     ),
     "the lock": Mutation(
         "llm/checkpoint/lock.py",
@@ -78,7 +78,7 @@ MUTATIONS = {
         "llm/checkpoint/folder.py",
         "    check()\n",
         "",
-        "tests/train/test_promises.py -k lost_its_lock",
+        "tests/train/test_saving.py -k lost_its_lock",
     ),
     "the fsync of the shards": Mutation(
         "llm/checkpoint/direct.py",
