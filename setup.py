@@ -3,12 +3,12 @@ from pathlib import Path
 from setuptools import find_packages, setup
 
 extras = {
-    "data": ["pyarrow", "zstandard", "datasets", "huggingface_hub"],
+    "data": ["pyarrow", "huggingface_hub"],
     "fast": ["gigatoken>=0.10"],
     "mpi": ["mpi4py", "openmpi"],
     "chat": ["gradio"],
     "eval": ["transformers", "lm-eval"],
-    "test": ["mpi4py", "openmpi", "gigatoken>=0.10", "pytest", "pytest-timeout", "ruff"],
+    "test": ["pytest", "pytest-timeout", "ruff", "pyarrow", "huggingface_hub", "mpi4py", "openmpi", "gigatoken>=0.10"],
 }
 
 setup(

@@ -29,6 +29,15 @@ class Parser(argparse.ArgumentParser):
         source.add_argument("--model", metavar="NAME", help="short for --config configs/NAME.*")
         self.add_argument("overrides", nargs="*", metavar="section.key=value", help="change single values of the config")
 
+    def add_read_options(self) -> None:
+        """Add what may be said about how text is read; `llm.corpus.options.read_options` understands it."""
+        group = self.add_argument_group("how text is read")
+        group.add_argument("--format", metavar="NAME", help="instead of what is recognised: csv, alpaca, messages, ... or two: csv,alpaca")
+        group.add_argument("--separator", metavar="S", help="divides .txt files into documents, for example \\n\\n, or the word blank-lines")
+        group.add_argument("--text-field", metavar="NAME", help="the field or column that holds the text (default: recognised)")
+        group.add_argument("--field", action="append", default=[], metavar="OURS=THEIRS", help="a field's other name: --field response=reply")
+        group.add_argument("--template", metavar="FILE", help="how conversations are written, as YAML (default: ChatML)")
+
 
 def parser(description: str) -> Parser:
     """A parser whose help keeps the description's line breaks."""

@@ -170,6 +170,11 @@ class TrainConfig(Section):
     adam_eps: PositiveFloat = 1e-8
     clip_norm: PositiveFloat | None = 1.0
     """Global L2 norm; None leaves gradients alone."""
+    spike_sigma: Annotated[float, Field(ge=0)] | None = 6.0
+    """A step whose loss lies more than so many standard deviations above the mean of the last `spike_window` applied steps is skipped, and
+    a gradient norm that does is reported. 0 or None: only numbers that are not finite are."""
+    spike_window: Annotated[int, Field(ge=32)] = 128
+    """Steps; nothing is judged before half of them, and 32 at least, have been applied in the phase."""
     seed: NonNegativeInt = 1337
     hang_timeout_s: PositiveFloat | None = 1800.0
     """A rank that takes longer for one step shows where it is and leaves with code 75; 4 times as long at the start, in validation and in
@@ -217,6 +222,10 @@ class CheckpointConfig(Section):
     """So many of the best by validation loss are kept too."""
     keep_epochs: bool = True
     """Keep the checkpoint at the end of each epoch."""
+    keep_every: Interval = 0
+    """Keep the first checkpoint at or after each multiple of so many steps, or of such a part of the phase; 0: not for this reason."""
+    thin: bool = False
+    """What is kept beyond keep_last loses Adam's moments, two thirds of its size: good for generate and --init-from, not for going on."""
     async_save: bool = True
     """Write in a thread while training goes on, from a copy in host memory: 12 bytes for each parameter, shared out over the ranks."""
 
@@ -341,6 +350,10 @@ class _StrictLoader(yaml.SafeLoader):
         if twice:
             raise ConfigError(f"{node.start_mark.name}: {', '.join(sorted(twice))} is given twice.")
         return super().construct_mapping(node, deep)
+
+    def construct_scalar(self, node):
+        """JSON escapes a character beyond U+FFFF as two halves, which YAML takes for two characters: join them."""
+        return super().construct_scalar(node).encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
 
 
 def read_mapping(path: Path) -> dict:

@@ -14,7 +14,7 @@ from llm.log import log
 
 def main() -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help=".txt or .jsonl files, or folders that hold them")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files of text, or folders that hold them")
     parser.add_argument("--tokenizer", required=True, metavar="PATH", help="a tokenizer file, or the folder that holds it")
     parser.add_argument("--tokenizer-type", choices=["huggingface", "bpe", "tiktoken"], help="default: recognised from what is there")
     parser.add_argument("--seq-len", required=True, type=int, metavar="N", help="tokens per training sample")
@@ -27,8 +27,7 @@ def main() -> None:
     parser.add_argument("--shuffle", action="store_true", help="permute documents inside each unit of text")
     parser.add_argument("--seed", type=int, default=0, metavar="N", help="for --shuffle (default: %(default)s)")
     parser.add_argument("--emit-jsonl", action="store_true", help="also write each shard as one JSON list of ids a line, a document each")
-    parser.add_argument("--separator", metavar="S", help="divides .txt files into documents, for example \\n\\n")
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="field of .jsonl lines (default: %(default)s)")
+    parser.add_read_options()
     args = parser.parse_args()
 
     from llm.corpus import mpi
@@ -43,7 +42,7 @@ def main() -> None:
 
 
 def _tokenize(args) -> None:
-    from llm.corpus.documents import ReadOptions, separator_from
+    from llm.corpus.options import read_options
     from llm.corpus.tokenize_corpus import Request, tokenize_corpus
 
     out = args.out or Path("data") / Path(args.inputs[0]).stem
@@ -60,7 +59,7 @@ def _tokenize(args) -> None:
             shard_tokens=args.shard_tokens,
             shuffle_seed=args.seed if args.shuffle else None,
             emit_jsonl=args.emit_jsonl,
-            options=ReadOptions(separator_from(args.separator), args.text_field),
+            options=read_options(args),
         )
     )
     _tell(report, out, args.val_ratio)

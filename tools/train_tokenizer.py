@@ -11,12 +11,11 @@ from llm.log import UserError, log
 
 def main() -> None:
     parser = cli.parser(__doc__)
-    parser.add_argument("inputs", nargs="+", metavar="INPUT", help=".txt or .jsonl files, or folders that hold them")
+    parser.add_argument("inputs", nargs="+", metavar="INPUT", help="files of text, or folders that hold them")
     parser.add_argument("--out", required=True, type=Path, metavar="FOLDER", help="where tokenizer.json goes")
     parser.add_argument("--vocab-size", type=int, default=4096, help="plain tokens; 4 special ones on top (default: %(default)s)")
     parser.add_argument("--sample-bytes", type=int, default=1 << 30, metavar="N", help="train on no more text than this (default: 1 GiB)")
-    parser.add_argument("--separator", metavar="S", help="divides .txt files into documents, for example \\n\\n")
-    parser.add_argument("--text-field", default="text", metavar="NAME", help="field of .jsonl lines (default: %(default)s)")
+    parser.add_read_options()
     parser.add_argument(
         "--force", action="store_true", help="replace a tokenizer that datasets were made with: these and the models trained on them go on "
         "needing the old one, and text tokenized with the new one will not fit them"
@@ -24,19 +23,20 @@ def main() -> None:
     parser.add_argument("--compare", type=Path, metavar="PATH", help="another tokenizer to measure beside this one, for example GPT-2's files")
     args = parser.parse_args()
 
-    from llm.corpus.documents import ReadOptions, separator_from
+    from llm.corpus.options import read_options
     from llm.corpus.read_all import read_all
     from llm.corpus.token_report import report_tokens
     from llm.tokenizer import load_tokenizer
     from llm.tokenizer.train import train_bpe
 
-    options = ReadOptions(separator_from(args.separator), args.text_field)
+    options = read_options(args)
     other = load_tokenizer(args.compare) if args.compare else None
-    trained = train_bpe((document.text for document in read_all(args.inputs, options)), args.vocab_size, args.sample_bytes)
+    documents = read_all(args.inputs, options)
+    trained = train_bpe((document.plain_text(options.template) for document in documents), args.vocab_size, args.sample_bytes)
     log.info(f"{trained.tokenizer.vocab_size:,} tokens from {trained.sample_bytes:,} bytes of text; "
              f"{trained.bytes_per_token:.2f} bytes per token on {trained.measured_on}")  # fmt: skip
     _save(trained.tokenizer, args.out, args.force)
-    report_tokens(read_all(args.inputs, options), trained.tokenizer, other)
+    report_tokens(read_all(args.inputs, options), options.template, trained.tokenizer, other)
 
 
 def _save(tokenizer, folder: Path, force: bool) -> None:

@@ -1,6 +1,7 @@
-"""A run's folder: names of checkpoints, the rename that commits one, quarantine and retention.
+"""A run's folder: names of checkpoints, the rename that commits one, and quarantine.
 
 run/step-000001200-a3/   a committed checkpoint: step 1200, saved by the run's third attempt (sitting)
+run/weights-000000600-a3/  what retention has left of an older one: committed as well, but never resumed from
 run/.tmp-...             being written; never read
 run/.trash-...           being deleted
 run/quarantine/          failed verification; only a person deletes
@@ -19,7 +20,7 @@ from llm import durable
 from llm.checkpoint.manifest import NAME
 from llm.log import log
 
-_COMMITTED = re.compile(r"step-(\d{9})-a(\d+)")
+_COMMITTED = re.compile(r"(step|weights)-(\d{9})-a(\d+)")
 
 
 @dataclass(frozen=True, order=True)
@@ -28,20 +29,31 @@ class Entry:
 
     attempt: int
     step: int
+    is_whole: bool
+    """With the optimizer's moments; else thinned to the weights."""
     path: Path
+
+    @property
+    def save(self) -> tuple[int, int]:
+        """Which save it is of: a whole checkpoint and its thinned twin are of one."""
+        return self.attempt, self.step
 
 
 def step_name(step: int, attempt: int) -> str:
     return f"step-{step:09d}-a{attempt}"
 
 
-def entries(run: Path) -> list[Entry]:
-    """Committed checkpoints, oldest first."""
+def weights_name(step: int, attempt: int) -> str:
+    return f"weights-{step:09d}-a{attempt}"
+
+
+def entries(run: Path, thinned: bool = False) -> list[Entry]:
+    """Committed checkpoints that can be resumed from, oldest first; with `thinned`, also those that only have their weights left."""
     found = []
     for path in run.iterdir() if run.is_dir() else ():
         match = _COMMITTED.fullmatch(path.name)
-        if match and path.is_dir():
-            found.append(Entry(int(match[2]), int(match[1]), path))
+        if match and path.is_dir() and (thinned or match[1] == "step"):
+            found.append(Entry(int(match[3]), int(match[2]), match[1] == "step", path))
     return sorted(found)
 
 
@@ -49,7 +61,7 @@ def parse_name(name: str) -> tuple[int, int]:
     """(attempt, step) of a committed checkpoint's name."""
     match = _COMMITTED.fullmatch(name)
     assert match, name
-    return int(match[2]), int(match[1])
+    return int(match[3]), int(match[2])
 
 
 def other_branches(run: Path, attempt: int, lineage: list[str]) -> set[Path]:
@@ -58,20 +70,19 @@ def other_branches(run: Path, attempt: int, lineage: list[str]) -> set[Path]:
     `lineage`: from which checkpoint each attempt in its history went on. Their names tell it even when they are long deleted.
     """
     left_at = dict(map(parse_name, lineage))
-    return {e.path for e in entries(run) if e.attempt != attempt and e.step > left_at.get(e.attempt, -1)}
+    return {e.path for e in entries(run, thinned=True) if e.attempt != attempt and e.step > left_at.get(e.attempt, -1)}
 
 
 def next_attempt(run: Path) -> int:
     """One more than any attempt that left a trace, committed or not."""
     names = [p.name for folder in (run, run / "quarantine") if folder.is_dir() for p in folder.iterdir()]
-    attempts = [int(m[2]) for name in names if (m := _COMMITTED.search(name))]
+    attempts = [int(m[3]) for name in names if (m := _COMMITTED.search(name))]
     return max(attempts, default=0) + 1
 
 
-def publish(temporary: Path, final: Path, manifest_text: str, check: Callable[[], None]) -> None:
+def publish(temporary: Path, final: Path, manifest_text: str, check: Callable[[], None] = bool) -> None:
     """Write the manifest and make the checkpoint appear by one rename, unless `check`, asked at the last moment, raises. Raises OSError."""
     durable.write_text(temporary / NAME, manifest_text)
-    durable.fsync_folder(temporary)
     check()
     temporary.rename(final)  # refuses a folder that is not empty, so nothing is ever overwritten
     durable.fsync_folder(final.parent)
@@ -80,6 +91,7 @@ def publish(temporary: Path, final: Path, manifest_text: str, check: Callable[[]
 def mark_run(run: Path, run_id: str) -> None:
     """Record that this run has committed something."""
     if not (run / "RUN.json").exists():
+        durable.fsync_folder(run.parent)  # the run's folder may be as new as its first checkpoint
         durable.write_text(run / "RUN.json", json.dumps({"run_id": run_id}) + "\n")
 
 
@@ -103,14 +115,12 @@ def clean(run: Path) -> None:
         shutil.rmtree(leftover, ignore_errors=True)
 
 
-def prune(run: Path, keep: set[Path]) -> None:
-    """Delete every committed checkpoint that is not in `keep`."""
-    for entry in entries(run):
-        if entry.path in keep:
-            continue
-        trash = run / f".trash-{entry.path.name}"
-        try:
-            entry.path.rename(trash)  # first out of sight in one go: a kill in the middle leaves no half checkpoint
-            shutil.rmtree(trash)
-        except OSError as error:
-            log.warning(f"{entry.path}: old checkpoint could not be deleted ({error}).")
+def remove(path: Path) -> None:
+    """Delete a committed checkpoint, first out of sight in one go: a kill in the middle leaves no half one. Failing is only told."""
+    trash = path.with_name(f".trash-{path.name}")
+    try:
+        path.rename(trash)
+        durable.fsync_folder(path.parent)  # else a power cut may take files of it and leave it its name
+        shutil.rmtree(trash)
+    except OSError as error:
+        log.warning(f"{path}: old checkpoint could not be deleted ({error}).")

@@ -2,17 +2,21 @@
 
 import hashlib
 import json
+import math
+import os
 import re
+import stat
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from llm.checkpoint.slices import CheckpointError
+from llm.checkpoint.slices import KINDS, CheckpointError, coverage_gaps
 
 NAME = "MANIFEST.json"
 FORMAT = "tally-checkpoint/1"
-MAX_BYTES = 1 << 30  # a forged size must not fill the memory
+WEIGHTS_FORMAT = "tally-weights/1"  # the same without the optimizer's moments
+MAX_BYTES = 1 << 28  # a forged one must not fill the memory; an honest one takes some hundred bytes for each parameter and rank
 
 
 def _plain_path(path: str) -> str:
@@ -50,10 +54,20 @@ class Parent(_Record):
     manifest_sha256: str
 
 
+class Probed(_Record):
+    """The loss of a few fixed rows under these weights, to be computed again after loading."""
+
+    loss: float
+    rows: str
+    """Digest of the rows' draws, ids and targets."""
+    place: str
+    """Digest of all that may change the last bits of a loss beside weights and data: ranks, engine, precision, device, torch."""
+
+
 class Manifest(_Record):
     """Everything but the tensors. `ledger` is llm.data's, `engine` the engine's own scalars, `config` the resolved run config."""
 
-    format: Literal["tally-checkpoint/1"] = FORMAT
+    format: Literal["tally-checkpoint/1", "tally-weights/1"] = FORMAT
     run_id: str
     attempt: NonNegativeInt
     step: NonNegativeInt
@@ -71,6 +85,9 @@ class Manifest(_Record):
     engine: dict[str, Any]
     versions: dict[str, str]
     metrics: dict[str, float | None]
+    recent: dict[str, list[float]] = {}
+    """Losses and gradient norms of the last applied steps, which the spike guard judges by."""
+    probe: Probed | None = None
     epoch_end: bool
     params: list[Parameter]
     files: list[File]
@@ -81,14 +98,37 @@ class Manifest(_Record):
     def shapes(self) -> list[tuple[str, tuple[int, ...]]]:
         return [(p.name, tuple(p.shape)) for p in self.params]
 
+    @property
+    def is_whole(self) -> bool:
+        """With the optimizer's moments, so that training can go on from it."""
+        return self.format == FORMAT
+
+    @property
+    def gaps(self) -> list[str]:
+        """What its files do not hold exactly once, in words."""
+        kinds = KINDS if self.is_whole else KINDS[:1]
+        return coverage_gaps([(name, math.prod(shape)) for name, shape in self.shapes], [f.model_dump() for f in self.files], kinds)
+
     def text(self) -> str:
         """The JSON to write, sealed with a hash of everything else."""
         fields = self.model_dump(mode="json", exclude={"self_sha256"})
-        return json.dumps(fields | {"self_sha256": _seal(fields)}, indent=1)
+        return json.dumps(fields | {"self_sha256": _seal(fields)}, indent=1, allow_nan=False)
 
 
 def _seal(fields: dict) -> str:
     return hashlib.sha256(json.dumps(fields, sort_keys=True).encode()).hexdigest()
+
+
+def read_small(path: Path, most: int) -> bytes:
+    """The content of a plain file. Raises ValueError when it is larger than `most` bytes or no plain file, OSError when it cannot be read."""
+    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe must not hang, nor a link lead elsewhere
+    with open(handle, "rb") as file:
+        if not stat.S_ISREG(os.fstat(handle).st_mode):
+            raise ValueError("is not a plain file")
+        content = file.read(most + 1)
+    if len(content) > most:
+        raise ValueError(f"is larger than {most:,} bytes")
+    return content
 
 
 def _unique(pairs: list[tuple[str, Any]]) -> dict:
@@ -98,13 +138,15 @@ def _unique(pairs: list[tuple[str, Any]]) -> dict:
     return dict(pairs)
 
 
+def _no_constant(name: str) -> None:
+    raise ValueError(f"holds {name}, which is no JSON")
+
+
 def read_manifest(folder: Path) -> Manifest:
     """Parse and check a checkpoint's manifest. Raises CheckpointError that names the file."""
     path = folder / NAME
     try:
-        if path.stat().st_size > MAX_BYTES:
-            raise ValueError(f"is {path.stat().st_size:,} bytes, more than any manifest")
-        fields = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=_unique)
+        fields = json.loads(read_small(path, MAX_BYTES).decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
         manifest = Manifest.model_validate(fields)
         fields.pop("self_sha256")
         if manifest.self_sha256 != _seal(fields):

@@ -5,8 +5,8 @@ from functools import cached_property
 from pathlib import Path
 
 from llm.checkpoint import folder
+from llm.checkpoint.hashes import file_sha256
 from llm.checkpoint.manifest import NAME, Manifest, read_manifest
-from llm.checkpoint.saver import file_sha256
 from llm.checkpoint.slices import CheckpointError, SliceReader
 from llm.dist import World
 from llm.log import log
@@ -27,6 +27,8 @@ class Checkpoint:
 def damage(checkpoint: Path, manifest: Manifest, share: tuple[int, int] = (0, 1)) -> str | None:
     """The first thing wrong with this rank's share (rank, size) of the files, in words; None when sound."""
     rank, size = share
+    if manifest.gaps:
+        return f"{checkpoint / NAME}: {manifest.gaps[0]}"
     for record in manifest.files[rank::size]:
         path = checkpoint / record.path
         if not path.is_file() or path.is_symlink():
@@ -47,9 +49,10 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> Checkpoint:
         if problem:
             raise CheckpointError(f"{problem}. This checkpoint is damaged; use another step of the run.")
         return Checkpoint(path, manifest)
-    found = [e for e in folder.entries(path) if step is None or e.step == step]
+    there = folder.entries(path, thinned=True)
+    found = [e for e in there if step is None or e.step == step]
     if not found:
-        steps = ", ".join(str(e.step) for e in folder.entries(path))
+        steps = ", ".join(map(str, sorted({e.step for e in there})))
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
         raise CheckpointError(f"{path}: {wanted} here{f' (there are steps {steps})' if steps else ''}. Give a run's folder, such as checkpoints/toy.")
     for entry in reversed(found):
@@ -71,7 +74,7 @@ def newest(world: World, run: Path, step: int | None = None) -> Checkpoint | Non
         manifest, problem = None, None
         try:
             manifest = read_manifest(path)
-            problem = damage(path, manifest, (world.rank, world.size))
+            problem = damage(path, manifest, (world.rank, world.size)) if manifest.is_whole else f"{path}: has no optimizer moments"
         except CheckpointError as error:
             problem = str(error)
         except OSError as error:
@@ -86,10 +89,15 @@ def newest(world: World, run: Path, step: int | None = None) -> Checkpoint | Non
         world.on_rank_0(lambda: _candidates(run, step))
     if names or world.on_rank_0(lambda: folder.has_committed(run)):
         raise CheckpointError(
-            f"{run}: the run has saved before, but no sound checkpoint is left. It does not start again from step 0 by itself: "
+            f"{run}: the run has saved before, but no sound checkpoint is left{_weights_left(run)}. It does not start again from step 0 by itself: "
             f"restore a checkpoint folder, or give --fresh, which moves the old run aside and begins anew."
         )
     return None
+
+
+def _weights_left(run: Path) -> str:
+    thinned = folder.entries(run, thinned=True)
+    return f" ({thinned[-1].path} has weights alone: a new run can begin with --init-from)" if thinned else ""
 
 
 def _candidates(run: Path, step: int | None) -> list[str]:
@@ -99,5 +107,8 @@ def _candidates(run: Path, step: int | None) -> list[str]:
     if step is not None and not chosen:
         steps = ", ".join(f"{s:,}" for s in sorted({e.step for e in found}))
         there = f"there are steps {steps}" if found else "it has no checkpoint at all"
+        thinned = [e.path for e in folder.entries(run, thinned=True) if e.step == step]
+        if thinned:
+            there = f"only its weights were kept (checkpoint.thin), for --init-from {thinned[-1]} and for generating; {there}"
         raise CheckpointError(f"{run}: no checkpoint of step {step:,} to go on from; {there}.")
     return chosen

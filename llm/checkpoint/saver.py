@@ -1,8 +1,7 @@
 """Saving: every rank stages and writes its slices, all vote, rank 0 commits by one rename."""
 
-import hashlib
+import errno
 import json
-import os
 import shutil
 import time
 import uuid
@@ -13,19 +12,32 @@ from threading import Thread
 
 from llm import durable
 from llm.checkpoint import folder
+from llm.checkpoint.hashes import small_record, tokenizer_records
+from llm.checkpoint.host_memory import available_bytes, host_name
 from llm.checkpoint.lock import LockLost
-from llm.checkpoint.manifest import File, Manifest, read_manifest
+from llm.checkpoint.manifest import File, Manifest
 from llm.checkpoint.rng import rng_state
-from llm.checkpoint.slices import Slice, check_finite, coverage_gaps, state_hash, write_slices
+from llm.checkpoint.slices import NotFinite, Slice, check_finite, state_hash, wrap, write_slices
 from llm.checkpoint.staging import Staging
 from llm.dist import World
 from llm.log import UserError, log
 
 SMALL_FILES_BYTES = 4 << 20  # for a rank's headers and random states, the tokenizer, the manifest
+MEMORY_SHARE = 0.9  # of what is available, for the copies of an asynchronous save; the rest is for whatever grows next
+
+
+MAKE_ROOM = "Make room, then run again."
+MEND = "Mend that, then run again."
+BAD_STATE = "Lower train.lr, or look at the data of the last steps with tools/ledger.py; --from-step goes back to an older checkpoint."
+LOST_LOCK = "Another job owns the folder."
 
 
 class SaveFailed(Exception):
-    """This save did not happen, on any rank; the older checkpoints are untouched."""
+    """This save did not happen, on any rank; the older checkpoints are untouched. `advice` says what a person can do."""
+
+    def __init__(self, message: str, advice: str = MEND):
+        super().__init__(message)
+        self.advice = advice
 
 
 class Fenced(SaveFailed):
@@ -49,7 +61,8 @@ class Save:
 
     `manifest` comes without files and state_hash, which are filled in here; `add_files(folder)` lets rank 0 add small files (the tokenizer).
     `check()` is asked by rank 0 just before the rename and raises LockLost when the run's folder is not ours any more: then Fenced.
-    With `staging` the slices are copied before this returns; without it they must not change until `write` has.
+    With `staging` the slices are copied before this returns, if there is memory; if not (`is_staged`) or without it, they must not change
+    until `write` has.
     """
 
     def __init__(
@@ -67,29 +80,48 @@ class Save:
         self.seconds = 0.0
         """How long this rank wrote."""
         self._thread: Thread | None = None
-        self._written = [f"rank {world.rank}: its writer ended without a word", None, False]
-        self._temporary = run / f".tmp-{self.final.name}-{self._check_space(slices)}"
+        self._written = [f"rank {world.rank}: its writer ended without a word", None, MEND]
+        self._slices, self._staging = slices, staging
+        nonce, short_of = self._measure()
+        self._temporary = run / f".tmp-{self.final.name}-{nonce}"
         self._rng = json.dumps(rng_state())  # now: when the writer gets to it, training has drawn from them
+        self._vote(self._outcome(lambda: self._temporary.mkdir(parents=True) if world.rank == 0 else None))
+        self.is_staged = staging is not None and self._stage(short_of)
+        """Whether there was memory for a copy, on all ranks; if not, `write` at once."""
 
-        def prepare() -> list[Slice]:
-            if world.rank == 0:
-                self._temporary.mkdir(parents=True)
-            self._slices = staging.copy(slices) if staging else slices
+    def _measure(self) -> tuple[str, str | None]:
+        """A name for this try, and what host memory is short for a copy. Raises SaveFailed on every rank when the disk has no room for all.
 
-        self._vote(self._outcome(prepare))
+        Of the disk, the rank counts that sees the least; of memory, every host by itself.
+        """
 
-    def _check_space(self, slices: list[Slice]) -> str:
-        """Raise SaveFailed on every rank when the disk, as any rank sees it, has no room for all ranks' files; returns a name for this try."""
-
-        def measure() -> tuple[int, int, str]:
-            return SMALL_FILES_BYTES + sum(4 * s.values.numel() for s in slices), shutil.disk_usage(self.run).free, uuid.uuid4().hex[:8]
+        def measure() -> list:
+            memory = [host_name(), self._staging.missing_bytes(self._slices), available_bytes()] if self._staging else None
+            needed = SMALL_FILES_BYTES + sum(4 * s.values.numel() for s in self._slices)
+            return [needed, shutil.disk_usage(self.run).free, uuid.uuid4().hex[:8], memory]
 
         measured = self._vote(self._outcome(measure))
         needed, free = sum(m[0] for m in measured), min(m[1] for m in measured)
         if free < needed:
             room = f"the disk has {free / 1e6:,.1f} MB ({free:,} bytes) free"
-            self._fail(SaveFailed, f"{self.run}: it needs {needed / 1e6:,.1f} MB ({needed:,} bytes), {room}")
-        return measured[0][2]
+            self._fail(SaveFailed, f"{self.run}: it needs {needed / 1e6:,.1f} MB ({needed:,} bytes), {room}", MAKE_ROOM)
+        return measured[0][2], _short_of_memory([m[3] for m in measured if m[3]])
+
+    def _stage(self, short_of: str | None) -> bool:
+        """Copy the slices, on all ranks or on none."""
+
+        def copy() -> None:
+            if short_of is None:
+                self._staged = self._staging.copy(self._slices)
+
+        failures = [failure for failure, *_ in self.world.gather(self._outcome(copy)[:1]) if failure is not None]
+        why = short_of or ("; ".join(failures) if failures else None)
+        if why:
+            if self._staging.give_up() and self.world.rank == 0:
+                log.warning(f"No copy in host memory for an asynchronous save ({why}): training waits while a checkpoint is written.")
+            return False
+        self._slices = self._staged
+        return True
 
     def start(self) -> None:
         """Write in a thread; `written` tells when it is done."""
@@ -121,14 +153,13 @@ class Save:
         self.wait()
         votes = self._vote(self._written)
         files = [record for records, _ in votes for record in records]
-        state = (sum(rank_hash for _, rank_hash in votes) + 2**63) % 2**64 - 2**63  # wraps as the sums of one rank do
+        state = wrap(sum(rank_hash for _, rank_hash in votes))
 
         def publish() -> None:
             if self.world.rank:
                 return
-            gaps = coverage_gaps([(p.name, _numel(p.shape)) for p in self.manifest.params], files)
-            assert not gaps, gaps
             whole = self.manifest.model_copy(update={"files": [File.model_validate(f) for f in files], "state_hash": state})
+            assert not whole.gaps, whole.gaps
             folder.publish(self._temporary, self.final, whole.text(), self._check)
             folder.mark_run(self.run, self.manifest.run_id)
 
@@ -136,87 +167,51 @@ class Save:
         return self.final
 
     def _outcome(self, work: Callable) -> list:
-        """[what went wrong in words or None, the result, whether the lock was lost] of this rank's part."""
+        """[what went wrong in words or None, the result, what to do about it] of this rank's part."""
         try:
-            return [None, work(), False]
+            return [None, work(), None]
         except LockLost as error:
-            return [str(error), None, True]
+            return [str(error), None, LOST_LOCK]
         except (KeyboardInterrupt, SystemExit):
             raise
         except BaseException as error:  # some libraries' errors are no Exception, and a rank that left alone would hang the others
             name = "" if isinstance(error, (OSError, UserError)) else type(error).__name__
-            return [f"rank {self.world.rank}: {': '.join(filter(None, (name, str(error))))}", None, False]
+            full = isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT)
+            advice = MAKE_ROOM if full else BAD_STATE if isinstance(error, NotFinite) else MEND
+            return [f"rank {self.world.rank}: {': '.join(filter(None, (name, str(error))))}", None, advice]
 
     def _vote(self, outcome: list) -> list:
         """Every rank's result; if any rank failed, clean up and raise on all."""
         votes = self.world.gather(outcome)
         failures = [failure for failure, *_ in votes if failure is not None]
         if failures:
-            self._fail(Fenced if any(fenced for *_, fenced in votes) else SaveFailed, "; ".join(failures))
+            advice = [advice for *_, advice in votes if advice]
+            self._fail(Fenced if LOST_LOCK in advice else SaveFailed, "; ".join(failures), " ".join(dict.fromkeys(advice)))
         return [result for _, result, _ in votes]
 
-    def _fail(self, kind: type[SaveFailed], why: str) -> None:
+    def _fail(self, kind: type[SaveFailed], why: str, advice: str) -> None:
         if self.world.rank == 0 and hasattr(self, "_temporary"):
             shutil.rmtree(self._temporary, ignore_errors=True)
-        raise kind(f"checkpoint of step {self.manifest.step:,} could not be saved: {why}")
+        raise kind(f"checkpoint of step {self.manifest.step:,} could not be saved: {why}", advice)
 
     def _write_files(self) -> list[dict]:
         check_finite(self._slices)
         tag = f"{self.world.rank:05d}-of-{self.world.size:05d}"
         shard = write_slices(self._temporary / f"shard-{tag}.safetensors", self._slices)
         (self._temporary / f"rank-{tag}.json").write_text(self._rng)
-        small = [self._temporary / f"rank-{tag}.json"]
+        records = [shard, small_record(self._temporary / f"rank-{tag}.json", self._temporary)]
         if self.world.rank == 0:
             self._add_files(self._temporary)
-            tokenizer = self._temporary / "tokenizer"
-            small += [p for p in tokenizer.iterdir() if p.is_file()] if tokenizer.is_dir() else []
-        records = [shard, *(_small_record(path, self._temporary) for path in small)]
-        for record in records:
-            path = self._temporary / record["path"]
-            if file_sha256(path) != record["sha256"]:
-                raise OSError(f"{path}: what was read back is not what was written; the disk or its driver is failing")
+            records += tokenizer_records(self._temporary)
         durable.fsync_folder(self._temporary)
         return records
 
 
-def _small_record(path: Path, root: Path) -> dict:
-    content = path.read_bytes()
-    with open(path, "rb") as file:
-        os.fsync(file.fileno())
-    name = path.relative_to(root).as_posix()
-    return {"path": name, "bytes": len(content), "sha256": hashlib.sha256(content).hexdigest(), "chunks": []}
-
-
-def file_sha256(path: Path) -> str:
-    with open(path, "rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest() if hasattr(hashlib, "file_digest") else _digest_in_blocks(file)
-
-
-def _digest_in_blocks(file) -> str:  # Python 3.10 has no file_digest
-    digest = hashlib.sha256()
-    while block := file.read(1 << 20):
-        digest.update(block)
-    return digest.hexdigest()
-
-
-def _numel(shape: list[int]) -> int:
-    n = 1
-    for size in shape:
-        n *= size
-    return n
-
-
-def apply_retention(run: Path, *, keep_last: int, keep_best: int, keep_epochs: bool, protect: set[Path]) -> None:
-    """Keep the newest, the best by validation loss, the ends of epochs and `protect`; delete the rest. Rank 0 only."""
-    found = folder.entries(run)
-    manifests = {}
-    for entry in found:
-        try:
-            manifests[entry.path] = read_manifest(entry.path)
-        except UserError as error:
-            log.warning(str(error))
-    scored = sorted((m.metrics.get("val_loss"), str(p), p) for p, m in manifests.items() if m.metrics.get("val_loss") is not None)
-    keep = {entry.path for entry in found[-keep_last:]} | {path for *_, path in scored[:keep_best]} | protect
-    keep |= {path for path, m in manifests.items() if keep_epochs and m.epoch_end}
-    keep |= {entry.path for entry in found if entry.path not in manifests}  # unreadable: for resume to judge, not for retention
-    folder.prune(run, keep)
+def _short_of_memory(asked: list[tuple[str, int, int | None]]) -> str | None:
+    """The first host that has too little for all its ranks, in words. `asked`: (host, bytes that a rank needs, bytes available) by rank."""
+    for host in dict.fromkeys(host for host, _, _ in asked):
+        needed = sum(n for h, n, _ in asked if h == host)
+        known = [left for h, _, left in asked if h == host and left is not None]
+        if needed and known and needed > MEMORY_SHARE * min(known):
+            return f"it takes {needed / 1e9:,.2f} GB, {min(known) / 1e9:,.2f} GB are available"
+    return None

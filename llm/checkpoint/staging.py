@@ -18,6 +18,17 @@ class Staging:
 
     def __init__(self):
         self._buffer: torch.Tensor | None = None
+        self._told = False
+
+    def missing_bytes(self, slices: list[Slice]) -> int:
+        """How much host memory the next copy takes beyond what is kept."""
+        total = sum(s.values.numel() for s in slices)
+        return 4 * total if self._buffer is None or self._buffer.numel() < total else 0
+
+    def give_up(self) -> bool:
+        """Free the memory, since this save has to be a synchronous one; returns whether it is the first time."""
+        self._buffer, first, self._told = None, not self._told, True
+        return first
 
     def copy(self, slices: list[Slice]) -> list[Slice]:
         """The same slices with values of their own; those of the previous call are overwritten. Raises MemoryError or RuntimeError."""

@@ -12,15 +12,19 @@ from pathlib import Path
 
 import numpy as np
 
-from llm.corpus.documents import Counts, Document, ReadOptions, read_documents
+from llm.corpus.conversations import Template
+from llm.corpus.documents import Counts, Document, read_documents
+from llm.corpus.options import ReadOptions
 from llm.corpus.parts import DIGEST_BYTES, ROLES, PartWriter
 from llm.corpus.plan import Task, Unit
 from llm.data.permutation import Permutation
+from llm.log import UserError
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.tokenizer.fast import FastEncoder
 
 FAST, REFERENCE = "fast", "reference"
 _SOURCE_TAG = b"tally-source/v1"
+Encode = Callable[[list[str]], list[np.ndarray]]
 BATCH_CHARS = 1 << 20  # by text, not by documents: enough to keep the encoder busy, little enough to hold
 
 
@@ -74,27 +78,47 @@ def run_task(task: Task, encoder: str) -> None:
     encode = _fast_encoder().encode_batch if encoder == FAST else _tokenizer.encode_batch
     with PartWriter(_job.work, task.key, _job.dtype, encoder) as part:
         for unit in task.units:
-            encode_unit(unit, _job, _tokenizer.eos_id, encode, part)
+            encode_unit(unit, _job, _tokenizer, encode, part)
 
 
-def encode_unit(unit: Unit, job: Job, eos_id: int, encode: Callable[[list[str]], list[np.ndarray]], part: PartWriter) -> None:
+def encode_unit(unit: Unit, job: Job, tokenizer: Tokenizer, encode: Encode, part: PartWriter) -> None:
     """Write the unit's documents as tokens, each ended by end-of-text; without tokens if the dataset holds them already."""
     if job.known_units:
         counts = Counts()
-        digests = [document_digest(document.text.encode()) for document in _documents(unit, job, counts)]
+        digests = [document_digest(document.identity()) for document in _documents(unit, job, counts)]
         if (unit_id := unit_id_of(digests)) in job.known_units:
             part.add_known(digests)
             part.end_unit(unit_id, counts, {})
             return
-    counts, is_val, eos = Counts(), bytearray(), np.array(eos_id, job.dtype).tobytes()
+    counts, is_val, eos = Counts(), bytearray(), np.array(tokenizer.eos_id, job.dtype).tobytes()
     for batch in _batches(_documents(unit, job, counts)):
-        for text, ids in zip(batch, encode(batch), strict=True):
-            content = text.encode()
-            digest = document_digest(content)
+        for document, ids in zip(batch, encode_documents(batch, job.options.template, tokenizer, encode), strict=True):
+            digest = document_digest(document.identity())
             is_val.append(_is_val(digest, job.val_ratio))
-            part.add(ROLES[is_val[-1]], digest, ids, eos, len(content))
+            part.add(ROLES[is_val[-1]], digest, ids, eos, len(document.text.encode()))
     unit_id = unit_id_of([part.digests])
     part.end_unit(unit_id, counts, _orders(np.frombuffer(is_val, bool), unit_id, job.shuffle_seed))
+
+
+def encode_documents(documents: list[Document], template: Template, tokenizer: Tokenizer, encode: Encode | None = None) -> list[np.ndarray]:
+    """The ids of each document, without an end-of-text. `encode`: what gives the tokenizer's ids faster.
+
+    Names of special tokens become those tokens only where the template has put them.
+    """
+    segments = [document.segments(template) for document in documents]
+    plain = [segment.text for some in segments for segment in some if not segment.is_special]
+    texts = iter((encode or tokenizer.encode_batch)(plain))
+    pieces = [[_special(segment.text, tokenizer) if segment.is_special else next(texts) for segment in some] for some in segments]
+    return [some[0] if len(some) == 1 else np.concatenate(some) for some in pieces]
+
+
+def _special(name: str, tokenizer: Tokenizer) -> np.ndarray:
+    if name not in tokenizer.special_ids:
+        raise UserError(
+            f"the chat template has {name!r}, which is no special token of this tokenizer ({', '.join(tokenizer.special_ids)}). Give a --template "
+            f"that fits it, or a tokenizer that has ChatML's tokens, as those of tools/train_tokenizer.py do."
+        )
+    return np.array([tokenizer.special_ids[name]], np.uint32)
 
 
 def unit_id_of(digests: Iterable[bytes]) -> str:
@@ -147,10 +171,10 @@ def _documents(unit: Unit, job: Job, counts: Counts) -> Iterator[Document]:
     return read_documents(unit.source.path, unit.source.name, unit.start, unit.stop, job.options, counts)
 
 
-def _batches(documents: Iterable[Document]) -> Iterator[list[str]]:
+def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
     batch, n_chars = [], 0
     for document in documents:
-        batch.append(document.text)
+        batch.append(document)
         n_chars += len(document.text)
         if n_chars >= BATCH_CHARS:
             yield batch

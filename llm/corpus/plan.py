@@ -9,7 +9,8 @@ from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm.corpus.documents import READERS, ReadOptions, unit_borders
+from llm.corpus.formats import is_readable, kinds, unit_borders
+from llm.corpus.options import ReadOptions
 from llm.data.manifest import Manifest
 from llm.data.record import sha256_of
 from llm.log import UserError, log
@@ -50,26 +51,25 @@ class Task:
         return sum(unit.stop - unit.start for unit in self.units)
 
 
-def find_sources(inputs: Iterable[Path | str]) -> list[Source]:
+def find_sources(inputs: Iterable[Path | str], options: ReadOptions) -> list[Source]:
     """The files named, and those inside the folders named, in the order of their names."""
-    found = [source for path in map(Path, inputs) for source in _sources_at(path)]
+    found = [source for path in map(Path, inputs) for source in _sources_at(path, options)]
     return sorted({source.path: source for source in found}.values(), key=lambda source: (source.name, source.path))
 
 
-def _sources_at(path: Path) -> list[Source]:
-    known = " and ".join(READERS)
+def _sources_at(path: Path, options: ReadOptions) -> list[Source]:
     if not path.exists():
-        raise UserError(f"{path}: no such file or folder. Give {known} files, or folders that hold them.")
+        raise UserError(f"{path}: no such file or folder. Give files, or folders that hold them, called {kinds()}.")
     if path.is_file():
-        if path.suffix not in READERS:
-            raise UserError(f"{path}: cannot read files called *{path.suffix}; {known} files can be read. Rename or convert it.")
+        if not is_readable(path) and not options.format:
+            raise UserError(f"{path}: cannot read files called *{path.suffix}; {kinds()} can be read. Say with --format what it is, or convert it.")
         return [_source(path, path.name)]
     files = [file for file in path.rglob("*") if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)]
-    sources = [_source(file, str(file.relative_to(path.parent))) for file in files if file.suffix in READERS]
+    sources = [_source(file, str(file.relative_to(path.parent))) for file in files if is_readable(file)]
     if not sources:
-        raise UserError(f"{path}: holds no {known} file. Give such files, or a folder that holds them.")
-    if others := Counter(file.suffix or file.name for file in files if file.suffix not in READERS):
-        log.warning(f"{path}: {others.total():,} files left out, not {known}: {', '.join(suffix for suffix, _ in others.most_common(5))}")
+        raise UserError(f"{path}: holds no file called {kinds()}. Give such files, or a folder that holds them.")
+    if others := Counter(file.suffix or file.name for file in files if not is_readable(file)):
+        log.warning(f"{path}: {others.total():,} files left out that cannot be read: {', '.join(suffix for suffix, _ in others.most_common(5))}")
     return sources
 
 

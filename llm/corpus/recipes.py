@@ -1,43 +1,34 @@
-"""Named datasets, each made of what is at hand: `download.py --dataset NAME` writes one as a .jsonl file."""
+"""Named datasets, from where they come to documents: `download.py --dataset NAME` writes one as a .jsonl file."""
 
-import json
+import re
 import sysconfig
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm.log import UserError
+from llm.corpus.options import ReadOptions
 
 
 @dataclass(frozen=True)
-class Collected:
-    docs: int
-    bytes: int
+class Recipe:
+    about: str
+    licence: str
+    size: str
+    """Of the download, about."""
+    repo: str | None = None
+    """A dataset on the Hugging Face hub."""
+    files: tuple[str, ...] = ()
+    """Patterns of its files that are wanted; without a repo: addresses."""
+    options: ReadOptions = ReadOptions()
+    change: Callable[[str], str] = staticmethod(lambda text: text)
+    """What is done to each text."""
+    local: Callable[[], Iterator[tuple[str, str]]] | None = None
+    """(name, text) pairs of what every machine holds."""
+    max_bytes: int | None = None
+    """No more text than this unless the person says so."""
 
 
-def collect(dataset: str, out: Path, max_bytes: int) -> Collected:
-    """Write the documents of a recipe to `out`, whole ones, up to `max_bytes` of text."""
-    docs, n_bytes = 0, 0
-    tmp = out.with_name(out.name + ".tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(tmp, "w", encoding="utf-8") as file:
-            for name, text in RECIPES[dataset]():
-                size = len(text.encode())
-                if n_bytes + size > max_bytes:
-                    continue  # a shorter one may still fit
-                file.write(json.dumps({"text": text, "source": name}, ensure_ascii=False) + "\n")
-                docs, n_bytes = docs + 1, n_bytes + size
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}). Choose another --out.") from None
-    if not docs:
-        tmp.unlink()
-        raise UserError(f"dataset {dataset!r} has no text here within {max_bytes:,} bytes. Raise --max-bytes, or bring text of your own.")
-    tmp.replace(out)
-    return Collected(docs, n_bytes)
-
-
-def _python_standard_library() -> Iterator[tuple[str, str]]:
+def python_standard_library() -> Iterator[tuple[str, str]]:
     """The sources of the Python that is running: real text that every machine with Python holds, in the order of their names.
 
     The tests among them come last, because some distributions leave them out. Tables of character sets are not text to learn from.
@@ -59,4 +50,49 @@ def _is_test(name: str) -> bool:
     return any(part in ("test", "tests", "idle_test") for part in name.split("/"))
 
 
-RECIPES = {"pystdlib": _python_standard_library}
+_START = re.compile(r"\*\*\* ?START OF (?:THE|THIS) PROJECT GUTENBERG EBOOK.*?\*\*\*", re.DOTALL | re.IGNORECASE)
+_END = re.compile(r"\*\*\* ?END OF (?:THE|THIS) PROJECT GUTENBERG EBOOK|\n *End of (?:the )?Project Gutenberg", re.IGNORECASE)
+
+
+def without_gutenberg_notes(text: str) -> str:
+    """A book without what Project Gutenberg puts before and after it, and with plain line ends."""
+    start = _START.search(text)
+    text = text[start.end() if start else 0 :]
+    end = _END.search(text)
+    return text[: end.start() if end else None].replace("\r\n", "\n").strip("\n")
+
+
+def _hub(repo: str, *files: str, **rest) -> dict:
+    return {"repo": repo, "files": files, **rest}
+
+
+RECIPES = {
+    "story": Recipe("TinyStories: short stories in a small vocabulary", "CDLA-Sharing-1.0", "1 GB",
+                    **_hub("roneneldan/TinyStories", "data/train-*.parquet"), options=ReadOptions(separator="<|endoftext|>")),
+    "dailydialog": Recipe("DailyDialog: 13,000 everyday conversations", "CC-BY-NC-SA-4.0", "4 MB",
+                          **_hub("OpenRL/daily_dialog", "data/train-*.parquet")),
+    "chat": Recipe("UltraChat 200k: long conversations with an assistant", "MIT", "800 MB",
+                   **_hub("HuggingFaceH4/ultrachat_200k", "data/train_sft-*.parquet")),
+    "chitchat": Recipe("Synthetic-Persona-Chat: small talk between two people; dialogues of lines with --from", "CC-BY-4.0", "16 MB",
+                       **_hub("google/Synthetic-Persona-Chat", "data/Synthetic-Persona-Chat_train.csv"),
+                       options=ReadOptions(format="script", separator="blank-lines")),
+    "knowledge": Recipe("SQuAD: questions on paragraphs of Wikipedia; --rewrite-url has a model write whole sentences", "CC-BY-SA-4.0", "15 MB",
+                        **_hub("rajpurkar/squad", "plain_text/train-*.parquet"), options=ReadOptions(format="squad")),
+    "dictionary": Recipe("Wordset: an English dictionary with examples", "CC-BY-SA-4.0", "40 MB",
+                         files=tuple(f"https://raw.githubusercontent.com/wordset/wordset-dictionary/master/data/{letter}.json"
+                                     for letter in "abcdefghijklmnopqrstuvwxyz"), options=ReadOptions(format="dictionary")),
+    "c4": Recipe("C4, English: cleaned web pages", "ODC-BY", "305 GB", **_hub("allenai/c4", "en/c4-train.*.json.gz")),
+    "gutenberg": Recipe("Project Gutenberg: 48,000 English books, without its notes", "public domain in the USA", "11 GB",
+                        **_hub("sedthh/gutenberg_english", "data/train-*.parquet"), change=without_gutenberg_notes),
+    "books": Recipe("A folder of books of your own (--from FOLDER). Books3, which this name once meant, is no longer distributed", "yours", "yours",
+                    change=without_gutenberg_notes),
+    "wikipedia": Recipe("Wikipedia, English, 1 November 2023", "CC-BY-SA-3.0", "11 GB",
+                        **_hub("wikimedia/wikipedia", "20231101.en/*.parquet")),
+    "alpaca": Recipe("Alpaca: 52,000 instructions", "CC-BY-NC-4.0", "25 MB", **_hub("tatsu-lab/alpaca", "data/train-*.parquet"),
+                     options=ReadOptions(format="alpaca")),  # its rows have a ready-made text too
+    "dolly": Recipe("Dolly 15k: instructions written by people", "CC-BY-SA-3.0", "13 MB", **_hub("databricks/databricks-dolly-15k", "*.jsonl")),
+    "gsm8k": Recipe("GSM8K: word problems, worked out", "MIT", "2 MB", **_hub("openai/gsm8k", "main/train-*.parquet")),
+    "mmlu": Recipe("MMLU: multiple choice in 57 subjects. Its test split; for training take auxiliary data", "MIT", "4 MB",
+                   **_hub("cais/mmlu", "all/test-*.parquet"), options=ReadOptions(format="choice")),
+    "pystdlib": Recipe("This Python's own sources: no download", "PSF", "none", local=python_standard_library, max_bytes=16_000_000),
+}  # fmt: skip

@@ -6,8 +6,11 @@ from pathlib import Path
 
 import numpy as np
 
-from llm.corpus.documents import READERS, Counts, ReadOptions, read_documents, unit_borders
+from llm.corpus.compressed import unpacked_size
+from llm.corpus.documents import Counts, read_documents
 from llm.corpus.encode import document_digest, prefix_source_ids, unit_id_of
+from llm.corpus.formats import is_cut, is_readable, kinds, wanted_borders
+from llm.corpus.options import ReadOptions
 from llm.corpus.plan import unit_bytes_for
 from llm.log import UserError
 
@@ -31,27 +34,27 @@ class _Documents:
 def units_of_file(
     path: Path, sources: list[dict], known: set[str], options: ReadOptions, advance: Callable[[int], None] = lambda _: None
 ) -> list[TextUnit]:
-    """The units of a .txt or .jsonl file. `sources`: those of the manifests at hand; `known`: unit ids to be recognised.
+    """The units of a file. `sources`: those of the manifests at hand; `known`: unit ids to be recognised.
 
     Where a file is cut depends on what it was when it was first tokenized, which its name may no longer tell. So each cut that the
     sources suggest is tried, and the one that recognises most of the text is the answer. `advance(n)` hears of bytes read.
     """
-    if path.suffix not in READERS:
-        raise UserError(f"{path}: cannot read files called *{path.suffix}; {' and '.join(READERS)} files can be read.")
+    if not is_readable(path) and not options.format:
+        raise UserError(f"{path}: cannot read files called *{path.suffix}; {kinds()} can be read.")
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
-    documents, size = _read(path, options, advance), path.stat().st_size
-    cuts = [_cut(path, size, documents, *cut, options) for cut in _possible_cuts(path, size, documents, sources)]
+    documents = _read(path, options, advance)
+    size = unpacked_size(path) if (cut_at_all := is_cut(path, options)) else path.stat().st_size
+    cuts = [_cut(size if cut_at_all else 0, documents, *cut) for cut in _possible_cuts(path, size, documents, sources)]
     return max(cuts, key=lambda units: sum(unit.n_bytes for unit in units if unit.unit_id in known))
 
 
 def _read(path: Path, options: ReadOptions, advance: Callable[[int], None]) -> _Documents:
     digests, starts, sizes, told = [], [], [], 0
     for document in read_documents(path, path.name, 0, path.stat().st_size, options, Counts()):
-        content = document.text.encode()
-        digests.append(document_digest(content))
+        digests.append(document_digest(document.identity()))
         starts.append(document.index)
-        sizes.append(len(content))
+        sizes.append(len(document.text.encode()))
         advance(document.index - told)
         told = document.index
     if not digests:
@@ -71,8 +74,7 @@ def _possible_cuts(path: Path, size: int, documents: _Documents, sources: list[d
     return cuts
 
 
-def _cut(path: Path, size: int, documents: _Documents, unit_bytes: int, ends: list[int], options: ReadOptions) -> list[TextUnit]:
-    borders = unit_borders(path, size, unit_bytes, ends, options)
-    at = [*np.searchsorted(documents.starts, borders).tolist(), len(documents.digests)]
+def _cut(size: int, documents: _Documents, unit_bytes: int, ends: list[int]) -> list[TextUnit]:
+    at = [0, *np.searchsorted(documents.starts, wanted_borders(size, unit_bytes, ends)).tolist(), len(documents.digests)]
     units = zip(at, at[1:], strict=False)
     return [TextUnit(unit_id_of(documents.digests[a:b]), b - a, int(documents.sizes[a:b].sum())) for a, b in units if a < b]

@@ -2,6 +2,7 @@
 
 from collections.abc import Iterable
 
+from llm.corpus.conversations import Template
 from llm.corpus.documents import Document
 from llm.log import log
 from llm.tokenizer import IM_END, IM_START, Tokenizer
@@ -11,13 +12,13 @@ SOURCE_BYTES = 1 << 20
 MAX_SOURCES = 20
 
 
-def report_tokens(documents: Iterable[Document], tokenizer: Tokenizer, other: Tokenizer | None) -> None:
+def report_tokens(documents: Iterable[Document], template: Template, tokenizer: Tokenizer, other: Tokenizer | None) -> None:
     """Log bytes per token of each source on text that was not trained on, up to SOURCE_BYTES each; `other`: to compare with."""
     texts: dict[str, list[bytes]] = {}
     for document in documents:
         of_source = texts.setdefault(document.source, [])
         if sum(map(len, of_source)) < SOURCE_BYTES:
-            of_source += (piece.encode() for piece in held_out(document.text))
+            of_source += (piece.encode() for piece in held_out(document.plain_text(template)))
     measured = {source: pieces for source, pieces in texts.items() if pieces}
     shown = sorted(measured, key=lambda source: -sum(map(len, measured[source])))[:MAX_SOURCES]
     for source in shown:

@@ -15,13 +15,16 @@ from pathlib import Path
 
 import llm
 from llm.corpus.assemble import ShardWriter, distinct_units, identify
-from llm.corpus.documents import Counts, ReadOptions
+from llm.corpus.documents import Counts
 from llm.corpus.emit_jsonl import emit_jsonl
 from llm.corpus.encode import FAST, REFERENCE, Job
+from llm.corpus.formats import tell_formats
+from llm.corpus.options import ReadOptions
 from llm.corpus.parts import ROLES, PartUnit, read_part
 from llm.corpus.plan import find_sources, plan_tasks, plan_units
 from llm.corpus.pool import encode_all
 from llm.corpus.tokenizer_use import note_use
+from llm.corpus.unpack import unpacked
 from llm.data.manifest import FILE_NAME, Manifest, load_manifest, write_manifest
 from llm.data.record import write_record
 from llm.data.shard_meta import ShardMeta, token_dtype
@@ -77,7 +80,8 @@ class Report:
 
 def tokenize_corpus(request: Request) -> Report:
     """Tokenize those inputs that `request.out` does not hold yet into new shards. Raises UserError, and then publishes nothing."""
-    sources = find_sources(request.inputs)
+    sources = find_sources(request.inputs, request.options)
+    tell_formats([source.path for source in sources], request.options)
     tokenizer = load_tokenizer(request.tokenizer_path, request.tokenizer_kind)
     info = tokenizer_info(tokenizer)
     _existing(request, info)  # refuses before anything is written
@@ -85,6 +89,7 @@ def tokenize_corpus(request: Request) -> Report:
         manifest = _existing(request, info)  # again, now that nobody else can change it
         job = _job(request, info, manifest, work)
         timestamp = _timestamp(work, manifest)
+        sources = unpacked(sources, work, request.options)
         units, unit_bytes = plan_units(sources, request.options, manifest)
         tasks = plan_tasks(units, _settings(request, info, manifest))
         encoded_bytes, seconds = encode_all(tasks, job, request.workers, _encoder(request, tokenizer))

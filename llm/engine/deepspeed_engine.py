@@ -22,7 +22,7 @@ from llm.data.stream import Batch
 from llm.dist import World
 from llm.engine.ds_config import ds_config_path, load_ds_config
 from llm.engine.optimizer import adam_step, build_adamw, create_moments, set_adam_step, set_lr
-from llm.engine.protocol import EngineError, Reader, Update, count_targets, global_sum, named_shapes
+from llm.engine.protocol import EngineError, ForwardClock, Reader, Update, count_targets, global_sums, named_shapes
 
 TESTED = "0.19"
 
@@ -35,6 +35,7 @@ class DeepSpeedEngine:
         self.adamw = build_adamw(model, cfg.train)
         self.engine = initialize(cfg, world, model, self.adamw)
         self.zero = self.engine.optimizer
+        self.forward_clock = ForwardClock(world.device)
         create_moments(self.adamw, self._flats())
 
     def train_step(self, micro_batches: list[Batch], n_targets: int, lr: float, accept: Callable[[float], bool]) -> Update:
@@ -42,11 +43,12 @@ class DeepSpeedEngine:
         rank_losses = []
         for i, batch in enumerate(micro_batches):
             self.engine.set_gradient_accumulation_boundary(i == len(micro_batches) - 1)
-            loss = self._loss(batch)
+            with self.forward_clock:
+                loss = self._loss(batch)
             scaled = loss * (self.world.size / n_targets)  # DeepSpeed averages over ranks; the global mean needs their sum
             self.engine.backward(scaled, scale_wrt_gas=False)
             rank_losses.append(loss.detach())
-        loss = global_sum(rank_losses, self.world) / n_targets
+        loss = global_sums(rank_losses, self.world)[0] / n_targets
         if not accept(loss):
             self._spoil_gradients()
         set_lr(self.adamw, lr)

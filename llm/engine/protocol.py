@@ -1,5 +1,6 @@
 """What the training loop, evaluation and checkpoints may ask of an engine, and the little that every engine shares."""
 
+import time
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
@@ -31,6 +32,32 @@ class Update:
     applied: bool
 
 
+class ForwardClock:
+    """Seconds that this rank spends in the blocks run `with` it. On CUDA by events, so that nothing waits for the device."""
+
+    def __init__(self, device: str):
+        self._cuda = device.startswith("cuda")
+        self._spans = []
+
+    def __enter__(self) -> None:
+        self._began = self._now()
+
+    def __exit__(self, *error) -> None:
+        self._spans.append((self._began, self._now()))
+
+    def _now(self):
+        if not self._cuda:
+            return time.perf_counter()
+        event = torch.cuda.Event(enable_timing=True)
+        event.record()
+        return event
+
+    def take(self) -> float:
+        """Seconds since the last call. On CUDA only once the device has done the work, as after a `train_step`."""
+        spans, self._spans = self._spans, []
+        return sum(a.elapsed_time(b) / 1000 if self._cuda else b - a for a, b in spans)
+
+
 class Reader(Protocol):
     def read(self, name: str, kind: str, start: int, numel: int) -> torch.Tensor:
         """Elements [start, start + numel) of a flattened parameter or moment, 1-D fp32."""
@@ -39,6 +66,8 @@ class Reader(Protocol):
 class Engine(Protocol):
     params: Params
     """Name and shape of every parameter, in the model's order; tied weights once."""
+    forward_clock: ForwardClock
+    """Has run in the forward passes of `train_step`. Only under ZeRO-3 does a rank wait for others in them."""
 
     def train_step(self, micro_batches: list[Batch], n_targets: int, lr: float, accept: Callable[[float], bool]) -> Update:
         """Make one optimizer step on this rank's micro-batches. Collective.
@@ -76,9 +105,13 @@ def count_targets(batch: Batch) -> int:
     return int((batch.targets_BT != -100).sum())
 
 
-def global_sum(rank_losses: list[torch.Tensor], world: World) -> float:
-    """Sum of summed losses over micro-batches and ranks, in fp64. Collective. The one wait for the device in a step."""
-    total = torch.stack(rank_losses).cpu().double().sum()
+def global_sums(rank_losses: list[torch.Tensor], world: World, *others: torch.Tensor) -> list[float]:
+    """The sum of summed losses over micro-batches and ranks, then that of each other scalar over ranks, in fp64. Collective.
+
+    Every rank gets the same bits. The one wait for the device in a step.
+    """
+    of_rank = torch.stack([*rank_losses, *others]).cpu().double()
+    totals = torch.cat([of_rank[: len(rank_losses)].sum(dim=0, keepdim=True), of_rank[len(rank_losses) :]])
     if world.size > 1:
-        dist.all_reduce(total, group=world.group)
-    return total.item()
+        dist.all_reduce(totals, group=world.group)
+    return totals.tolist()

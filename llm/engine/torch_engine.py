@@ -13,7 +13,7 @@ from llm.config import RunConfig
 from llm.data.stream import Batch
 from llm.dist import World
 from llm.engine.optimizer import adam_step, build_adamw, create_moments, set_adam_step, set_lr
-from llm.engine.protocol import Reader, Update, autocast, count_targets, global_sum, named_shapes
+from llm.engine.protocol import ForwardClock, Reader, Update, autocast, count_targets, global_sums, named_shapes
 
 
 class TorchEngine:
@@ -24,6 +24,7 @@ class TorchEngine:
         self.optimizer = build_adamw(model, cfg.train)
         create_moments(self.optimizer, list(model.parameters()))
         self.replica = distribute(model, world)
+        self.forward_clock = ForwardClock(world.device)
 
     def train_step(self, micro_batches: list[Batch], n_targets: int, lr: float, accept: Callable[[float], bool]) -> Update:
         assert n_targets > 0
@@ -31,19 +32,23 @@ class TorchEngine:
         for batch in micro_batches:
             accumulate_only = self.world.size > 1 and len(rank_losses) < len(micro_batches) - 1
             with self.replica.no_sync() if accumulate_only else nullcontext():
-                loss = self._loss(self.replica, batch)
+                with self.forward_clock:
+                    loss = self._loss(self.replica, batch)
                 (loss * (self.world.size / n_targets)).backward()  # DDP averages over ranks; the global mean needs their sum
             rank_losses.append(loss.detach())
-        update = self._update(global_sum(rank_losses, self.world) / n_targets, lr, accept)
+        update = self._update(rank_losses, n_targets, lr, accept)
         self.optimizer.zero_grad(set_to_none=True)
         return update
 
-    def _update(self, loss: float, lr: float, accept: Callable[[float], bool]) -> Update:
-        """Move the weights, unless the loss is refused or a gradient is not finite. Gradients are equal on all ranks, so is the verdict."""
-        accepted = accept(loss)
-        grads = [p.grad for p in self.model.parameters()]
-        grad_norm = nn.utils.get_total_norm(grads)
-        if not accepted or not math.isfinite(grad_norm):
+    def _update(self, rank_losses: list[torch.Tensor], n_targets: int, lr: float, accept: Callable[[float], bool]) -> Update:
+        """Move the weights, unless the loss is refused or a gradient is not finite on any rank.
+
+        Gradients should be equal on all ranks by now, but a fault of one rank's memory must not let it decide otherwise than the rest.
+        """
+        grad_norm = nn.utils.get_total_norm([p.grad for p in self.model.parameters()])
+        loss_sum, spoilt_ranks = global_sums(rank_losses, self.world, (~grad_norm.isfinite()).float())
+        loss = loss_sum / n_targets
+        if not accept(loss) or spoilt_ranks:
             return Update(loss, math.nan, applied=False)
         if self.clip_norm:
             nn.utils.clip_grads_with_norm_(self.model.parameters(), self.clip_norm, grad_norm)

@@ -12,6 +12,7 @@ TRAJECTORY = {
     f"train.{key}"
     for key in (
         "lr", "batch_tokens", "schedule", "warmup_steps", "min_lr_ratio", "decay_steps", "weight_decay", "betas", "adam_eps", "clip_norm",
+        "spike_sigma", "spike_window",
     )
 } | {"engine.precision"}
 

@@ -10,19 +10,23 @@ import torch
 import llm
 from llm import durable
 from llm.checkpoint import folder
+from llm.checkpoint.hashes import file_sha256
 from llm.checkpoint.lock import RunLock
 from llm.checkpoint.manifest import NAME, Manifest, Parameter, Parent
 from llm.checkpoint.resume import Checkpoint
-from llm.checkpoint.saver import Save, apply_retention, file_sha256
+from llm.checkpoint.retention import Retention, apply_retention
+from llm.checkpoint.saver import Save
 from llm.checkpoint.staging import Staging
-from llm.config import BatchPlan, RunConfig
+from llm.config import BatchPlan, RunConfig, interval_steps
 from llm.data.ledger import Ledger
 from llm.data.seen import seen_view
 from llm.dist import World
 from llm.engine import Engine
 from llm.log import log
 from llm.tokenizer import Tokenizer
+from llm.train.budget import horizon
 from llm.train.loop import Progress
+from llm.train.probe import Probe
 
 
 class Keeper:
@@ -37,11 +41,12 @@ class Keeper:
         tokenizer: Tokenizer,
         parent: Checkpoint | None,
         lock: RunLock,
+        probe: Probe,
         is_fork: bool = False,
     ):
         """`parent`: where the run goes on from; with `is_fork` it is another run's, and this one begins its own history there."""
         self.cfg, self.plan, self.world, self.engine, self.tokenizer = cfg, plan, world, engine, tokenizer
-        self.lock = lock
+        self.lock, self.probe = lock, probe
         self.run = cfg.run_folder
         self.run_id = parent.manifest.run_id if parent and not is_fork else world.broadcast(uuid.uuid4().hex)
         self.attempt = world.on_rank_0(lock.take)  # the lock's token: attempts that never saved count too
@@ -66,7 +71,7 @@ class Keeper:
         slices = list(self.engine.local_slices())
         self._ledger = at.ledger
         self._saving = Save(self.world, self.run, self._manifest(at), slices, self._add_tokenizer, self.lock.check, aside)
-        if aside:
+        if self._saving.is_staged:
             self._saving.start()
             return None
         self._saving.write()
@@ -112,6 +117,8 @@ class Keeper:
             engine=self.engine.state(),
             versions={"tally": llm.__version__, "torch": torch.__version__, "python": platform.python_version()},
             metrics=dict(at.metrics),
+            recent={key: list(values) for key, values in at.recent.items()},
+            probe=self.probe.taken(),
             epoch_end=at.epoch_end,
             params=[Parameter(name=name, shape=list(shape)) for name, shape in self.engine.params],
             files=[],
@@ -124,15 +131,16 @@ class Keeper:
 
     def _after_commit(self, path: Path) -> None:
         """What may fail without harm: the checkpoint is committed already."""
-        keep = self.cfg.checkpoint
         try:
             self.view = seen_view(self._ledger, self.view)
             durable.write_text(self.run / "seen_datasets.json", json.dumps(self.view, indent=2) + "\n")
             protect = {path} | ({self.resumed_from} if self.resumed_from else set())
-            protect |= folder.other_branches(self.run, self.attempt, self.lineage)
-            apply_retention(
-                self.run, keep_last=keep.keep_last, keep_best=keep.keep_best, keep_epochs=keep.keep_epochs, protect=protect
-            )
+            apply_retention(self.run, self._retention(), protect, folder.other_branches(self.run, self.attempt, self.lineage))
         except OSError as error:
             log.warning(f"After saving {path.name}: {error}.")
         log.info(f"saved {path}")
+
+    def _retention(self) -> Retention:
+        keep, phase = self.cfg.checkpoint, self._ledger.phases[-1]
+        every = interval_steps(keep.keep_every, horizon(self.cfg, phase, self.plan.global_rows, self.saved_step).length)
+        return Retention(keep.keep_last, keep.keep_best, keep.keep_epochs, every, keep.thin)

@@ -1,6 +1,5 @@
 """The training loop: one step is agreed, taken, booked; everything a reader needs to follow it is on this page."""
 
-import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,13 +10,15 @@ from llm.config import BatchPlan, RunConfig, interval_steps
 from llm.data.ledger import Ledger
 from llm.data.stream import Stream, chain, count_targets, step_digest
 from llm.dist import World
-from llm.engine.protocol import Engine, Update
+from llm.engine.protocol import Engine
 from llm.log import UserError, log
 from llm.train.budget import Sitting, horizon
 from llm.train.exits import NeedsAPerson
 from llm.train.faults import StopFlag
+from llm.train.guard import Recent, SpikeGuard, refused_in_a_row
 from llm.train.metrics import Metrics
 from llm.train.schedule import lr_at
+from llm.train.stragglers import Stragglers
 from llm.train.watchdog import Watchdog
 
 if TYPE_CHECKING:
@@ -25,6 +26,15 @@ if TYPE_CHECKING:
 
 REFUSED_IN_A_ROW = 3
 FAILED_SAVES_IN_A_ROW = 3
+
+_ADVICE_ON_REFUSALS = (
+    "Lower train.lr (with --accept-change train.lr), or look at the data of these steps: tools/ledger.py skipped names what was skipped "
+    "before. If the loss has rightly reached another level, train.spike_sigma=0 (with --accept-change train.spike_sigma) takes it as it is."
+)
+_ADVICE_ON_NORMS = (
+    "The update has been applied, clipped to train.clip_norm if that is set. Should the loss not come back: --from-step {saved_step} goes on "
+    "from the newest checkpoint before it, with a lower train.lr, for the same data come in the same order."
+)
 
 
 @dataclass
@@ -38,6 +48,7 @@ class Progress:
     updates: int = 0
     """Applied ones: the optimizer's own count."""
     metrics: dict[str, float | None] = field(default_factory=dict)
+    recent: Recent = field(default_factory=dict)
     epoch_end: bool = False
 
 
@@ -62,7 +73,12 @@ def train_phase(
     phase = at.ledger.open_phase
     over = horizon(cfg, phase, plan.global_rows, at.step)
     save_every, eval_every = (interval_steps(i, over.length) for i in (cfg.checkpoint.save_every, cfg.train.eval_every))
-    saved_step, refused, failed_saves = at.step, 0, 0
+    saved_step, failed_saves, why = at.step, 0, None
+    refused = refused_in_a_row([s.step for s in phase.skipped], at.step)
+    if not phase.consumed:
+        at.recent.clear()  # what was usual for other data says nothing about these
+    guard = SpikeGuard(cfg.train.spike_sigma, cfg.train.spike_window, at.recent)
+    stragglers = Stragglers(world, cfg.log.log_every, metrics)
 
     def attempt(part: Callable[[], int | None]) -> None:
         """Do a part of a save. It returns the step that is in a checkpoint now, or None when its files are still being written."""
@@ -78,7 +94,7 @@ def train_phase(
             failed_saves += 1
             log.error(f"The {error}. Older ones are untouched; training goes on.")
             if failed_saves == FAILED_SAVES_IN_A_ROW:
-                raise NeedsAPerson(f"{failed_saves} checkpoints in a row could not be saved. The {error}. Make room, then run again.") from None
+                raise NeedsAPerson(f"{failed_saves} checkpoints in a row could not be saved. The {error}. {error.advice}") from None
         took_s = time.monotonic() - started_at
         sitting.saving_s += took_s
         # at the end one may still be on its way, and another has to follow
@@ -87,9 +103,6 @@ def train_phase(
     def save_now(wait: bool) -> None:
         attempt(keeper.finish)  # one at a time
         attempt(lambda: keeper.save(at, wait))
-
-    def accept(loss: float) -> bool:
-        return math.isfinite(loss)
 
     while True:
         watchdog.step_boundary(at.step)
@@ -102,34 +115,42 @@ def train_phase(
         data_wait_s = time.perf_counter() - started_at
         wants_stop = bool(stop) or (world.rank == 0 and sitting.over() is not None)  # one clock decides
         counts = [count_targets(batches), step_digest(batches), int(wants_stop), int(problem is not None), int(keeper.written)]
-        n_targets, digest, stops, problems, ranks_written = world.sum_ints(counts)
+        n_targets, digest, stops, problems, ranks_written, *times = world.sum_ints([*counts, *stragglers.numbers()])
+        if times:
+            stragglers.judge(at.step, times)
         if ranks_written == world.size:
             attempt(keeper.finish)
         if stops or problems:
             break
 
-        update = engine.train_step(batches, n_targets, lr_at(cfg.train, over, at.step), accept)
+        update = engine.train_step(batches, n_targets, lr_at(cfg.train, over, at.step), lambda loss: guard.why_not(loss) is None)
 
-        if not update.applied:
-            refused += 1
-            log.error(f"step {at.step + 1:,}: {_why_refused(update)}, so the update was not applied on any rank; its samples are noted as skipped.")
-            if refused == REFUSED_IN_A_ROW:
+        why = None if update.applied else guard.why_not(update.loss) or "a gradient was not finite on some rank (limit: any finite number)"
+        refused = refused + 1 if why else 0
+        if why:
+            tell = log.error if world.rank == 0 else log.debug  # all know the same
+            tell(f"step {at.step + 1:,}: {why}, so the update was not applied on any rank; its samples are noted as skipped.")
+            metrics.fault(at.step + 1, "skipped", why)
+            if refused >= REFUSED_IN_A_ROW:
                 break
-        else:
-            refused = 0
         rows = min(plan.global_rows, phase.total - drawn)
-        at.ledger = at.ledger.advance(rows, at.step + 1, None if update.applied else _why_refused(update))
+        at.ledger = at.ledger.advance(rows, at.step + 1, why)
         at.chain = chain(at.chain, digest)
         at.step, at.updates = at.step + 1, at.updates + update.applied
         at.tokens_seen += n_targets * update.applied
         sitting.count_step(n_targets * update.applied)
+        seconds = time.perf_counter() - started_at
+        stragglers.add(engine.forward_clock.take(), data_wait_s, seconds)
         if update.applied:
-            seconds = time.perf_counter() - started_at
             lr = lr_at(cfg.train, over, at.step - 1)
             metrics.step(
                 at.step, loss=update.loss, lr=lr, grad_norm=update.grad_norm, tokens=n_targets, seconds=seconds, data_wait_s=data_wait_s
             )
             at.metrics["train_loss"] = update.loss
+            if odd := guard.applied(update.loss, update.grad_norm):
+                tell = log.warning if world.rank == 0 else log.debug
+                tell(f"step {at.step:,}: {odd}. {_ADVICE_ON_NORMS.format(saved_step=saved_step)}")
+                metrics.fault(at.step, "grad_norm_spike", odd)
 
         at.epoch_end = phase.passes(drawn + rows) > phase.passes(drawn)
         done = at.ledger.open_phase is None or at.step == over.end
@@ -151,23 +172,19 @@ def train_phase(
         save_now(wait=True)
     if problems:
         world.together(lambda: _reraise(problem))
-    if refused == REFUSED_IN_A_ROW:
+    if refused >= REFUSED_IN_A_ROW:
         raise NeedsAPerson(
-            f"{refused} updates in a row were not finite, the last at step {at.step:,}. Nothing was saved since step {saved_step:,}. "
-            f"Lower train.lr (with --accept-change train.lr) or look at the data of these steps with tools/ledger.py."
+            f"{refused} updates in a row were refused, the last at step {at.step + 1:,}: {why}. Nothing was saved since step {saved_step:,}. "
+            f"{_ADVICE_ON_REFUSALS}"
         )
     if at.step > saved_step:
-        raise NeedsAPerson(f"Steps {saved_step + 1:,} to {at.step:,} are in no checkpoint. Make room, then run again: they are taken anew.")
+        raise NeedsAPerson(f"Steps {saved_step + 1:,} to {at.step:,} are in no checkpoint. Mend that, then run again: they are taken anew.")
     if at.ledger.open_phase is None:
         return "phase finished"
     if at.step == over.end:
         return "budget spent"
     asked = next((name for name in world.gather(stop.signal_name) if name), None)
     return asked or world.broadcast(sitting.over())
-
-
-def _why_refused(update: Update) -> str:
-    return f"the loss was {update.loss}" if not math.isfinite(update.loss) else "a gradient was not finite"
 
 
 def _reraise(problem: UserError | None) -> None:

@@ -53,6 +53,20 @@ class Metrics:
             self._write(step, "val", values)
             log.info(f"step {step:,}  validation loss {values['loss']:.4f}, {values['bits_per_byte']:.4f} bits per byte")
 
+    def ranks(self, step: int, values: dict[str, float]) -> None:
+        """How the ranks' own times compare, in seconds a step."""
+        if self.speaks:
+            self._write(step, "ranks", values)
+
+    def fault(self, step: int, kind: str, why: str) -> None:
+        """Something odd happened in this step: a line of its own in metrics.jsonl, a mark and its reason in TensorBoard."""
+        if not self.speaks:
+            return
+        print(json.dumps({"step": step, "time": round(time.time(), 3), f"fault/{kind}": why}), file=self._file, flush=True)
+        if self._board:
+            self._board.add_scalar(f"fault/{kind}", 1.0, step)
+            self._board.add_text(f"fault/{kind}", why, step)
+
     def mfu(self, tokens_per_s: float) -> float:
         """Model FLOP utilisation, exact-causal count."""
         return tokens_per_s * self.flops_per_token / self.peak_flops

@@ -79,7 +79,7 @@ def _with_replay(portions: list[Portion], old: list[Shard], part: float) -> list
     if not old:
         raise ConfigError("--replay: no shard of an earlier phase is in data.data_path. Put their folder there, or leave --replay out.")
     of_10000, weight = round(part * 10_000), sum(p.weight for p in portions)
-    new = [replace(p, weight=p.weight * (10_000 - of_10000)) for p in portions]
+    new = [replace(p, name=p.name or "new", weight=p.weight * (10_000 - of_10000)) for p in portions]
     mixed = [*new, Portion("replay", weight * of_10000, old, is_replay=True)]
     common = math.gcd(*(p.weight for p in mixed))
     return [replace(p, weight=p.weight // common) for p in mixed]

@@ -9,6 +9,7 @@ from ranks import run_ranks
 from test_save_and_resume import NUMEL, add_tokenizer, manifest_of, names, save_step, state_of
 
 from llm.checkpoint import saver
+from llm.checkpoint.host_memory import available_bytes
 from llm.checkpoint.manifest import read_manifest
 from llm.checkpoint.resume import newest
 from llm.checkpoint.saver import Save, SaveFailed
@@ -97,19 +98,55 @@ def test_a_writer_that_fails_or_dies_on_one_rank_publishes_nothing(tmp_path, how
     assert names(run) == {"step-000000001-a1", "RUN.json"}
 
 
-def fail_to_stage(world: World, run: str) -> str:
+def save_without_memory(world: World, run: str, how: str) -> list:
     staging = Staging()
-    if world.rank == 1:
+    if how == "refused" and world.rank == 1:
         staging.copy = lambda slices: (_ for _ in ()).throw(MemoryError())
-    try:
-        begin(world, Path(run), 2, staging)
-    except SaveFailed as error:
-        return str(error)
-    return "staged"
+    if how == "too little for both":  # each alone would fit
+        saver.available_bytes = lambda: 3 * 4 * NUMEL
+    if how == "a buffer that is there":
+        staging.copy(state_of(1, world))
+        saver.available_bytes = lambda: 0
+    staged, said = [], []
+    saver.log.warning = said.append
+    for step in (1, 2):
+        saving = begin(world, Path(run), step, staging)
+        staged.append(saving.is_staged)
+        saving.write()
+        saving.commit()
+    return [staged, len([words for words in said if "No copy in host memory" in words])]
 
 
-def test_a_rank_without_memory_for_the_copy_fails_the_save_on_all(tmp_path):
+@pytest.mark.parametrize("how", ["refused", "too little for both", "a buffer that is there"])
+def test_without_memory_for_the_copy_on_one_rank_all_save_at_once_and_say_so_once(tmp_path, how):
     run = tmp_path / "run"
     run.mkdir()
-    first, second = run_ranks(fail_to_stage, 2, tmp_path, str(run))
-    assert first == second and "rank 1: MemoryError" in first and names(run) == set()
+    staged = how == "a buffer that is there"
+    first, second = run_ranks(save_without_memory, 2, tmp_path, str(run), how)
+    assert (first, second) == ([[staged] * 2, 0 if staged else 1], [[staged] * 2, 0])
+    assert newest(World(), run).manifest.step == 2
+
+
+GROUPS = {
+    "unlimited": ("max", "5000", "", 8 << 20),
+    "limited": ("5000", "1000", "", 4000),
+    "full of cache": ("5000", "4900", "anon 1000\nactive_file 1900\ninactive_file 2000", 4000),
+    "over its limit": ("5000", "6000", "", 0),
+}
+
+
+@pytest.mark.parametrize(("most", "now", "stat", "left"), GROUPS.values(), ids=GROUPS)
+@pytest.mark.parametrize("place", ["a", "."])
+def test_memory_is_what_the_machine_and_every_control_group_above_leave(tmp_path, most, now, stat, left, place):
+    group = tmp_path / "cgroup" / "a" / "b"
+    group.mkdir(parents=True)
+    (tmp_path / "self").mkdir()
+    (tmp_path / "self" / "cgroup").write_text("0::/a/b\n")
+    (tmp_path / "meminfo").write_text("MemTotal: 99999 kB\nMemAvailable: 8192 kB\n")
+    for name, text in (("memory.max", most), ("memory.current", now), ("memory.stat", stat)):
+        (tmp_path / "cgroup" / place / name).write_text(text)
+    assert available_bytes(tmp_path, tmp_path / "cgroup") == left
+
+
+def test_where_nothing_tells_how_much_memory_there_is_a_copy_is_tried(tmp_path):
+    assert available_bytes(tmp_path, tmp_path) is None

@@ -4,7 +4,9 @@ import json
 
 import pytest
 
-from llm.corpus.documents import Counts, ReadOptions, read_documents, separator_from, unit_borders
+from llm.corpus.documents import Counts, read_documents
+from llm.corpus.formats import unit_borders
+from llm.corpus.options import ReadOptions, separator_from
 
 PLAIN = ReadOptions()
 
@@ -108,6 +110,14 @@ def test_units_hold_every_document_once_wherever_the_borders_fall(tmp_path, unit
     separated.write_text("<sep>".join(texts(path)))
     options = ReadOptions(separator="<sep>")
     assert [text for unit in cut(separated, unit_bytes, options=options) for text in unit] == texts(path)
+
+
+@pytest.mark.parametrize("unit_bytes", [1, 5, 50, 333])
+def test_a_unit_starts_with_the_first_record_at_or_after_each_multiple_of_its_size(tmp_path, unit_bytes):
+    path = jsonl(tmp_path / "a.jsonl", *({"text": "x" * (i * 37 % 90 + 1)} for i in range(60)))
+    size, starts = path.stat().st_size, [document.index for document in read(path)[0]]
+    after = [min((start for start in starts if start >= wanted), default=None) for wanted in range(unit_bytes, size, unit_bytes)]
+    assert unit_borders(path, size, unit_bytes, [], PLAIN) == sorted({0, *after} - {None})
 
 
 def test_a_txt_file_without_separator_is_never_cut(tmp_path):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from llm.corpus.documents import ReadOptions
+from llm.corpus.options import ReadOptions
 from llm.corpus.plan import MAX_UNIT_BYTES, MIN_UNIT_BYTES, TASK_BYTES, Source, Unit, find_sources, plan_tasks, plan_units, unit_bytes_for
 from llm.log import UserError
 
@@ -17,21 +17,21 @@ def test_a_folder_is_its_files_in_the_order_of_their_names_without_hidden_ones(t
     for name in ("texts/b.txt", "texts/sub/a.jsonl", "texts/a.txt", "texts/.git/c.txt", "texts/image.png"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_text("x")
-    assert [source.name for source in find_sources([tmp_path / "texts"])] == ["texts/a.txt", "texts/b.txt", "texts/sub/a.jsonl"]
+    assert [source.name for source in find_sources([tmp_path / "texts"], ReadOptions())] == ["texts/a.txt", "texts/b.txt", "texts/sub/a.jsonl"]
     assert "1 files left out" in capsys.readouterr().out
 
 
 def test_a_file_named_twice_is_read_once(tmp_path):
     (tmp_path / "a.txt").write_text("x")
-    assert len(find_sources([tmp_path / "a.txt", tmp_path])) == 1
+    assert len(find_sources([tmp_path / "a.txt", tmp_path], ReadOptions())) == 1
 
 
 def test_inputs_that_cannot_be_read_are_refused(tmp_path):
     (tmp_path / "a.pdf").write_text("x")
-    refusals = {"missing.txt": "no such file", "a.pdf": "cannot read", "": "holds no .txt and .jsonl"}
+    refusals = {"missing.txt": "no such file", "a.pdf": "cannot read", "": "holds no file called"}
     for path, said in ((tmp_path / name, said) for name, said in refusals.items()):
         with pytest.raises(UserError, match=said):
-            find_sources([path])
+            find_sources([path], ReadOptions())
 
 
 def test_small_files_share_a_task_and_a_large_unit_has_its_own(tmp_path):
@@ -49,6 +49,6 @@ def test_the_key_of_a_task_changes_with_the_file_and_with_the_settings(tmp_path)
 
 def test_every_byte_of_a_source_is_in_one_unit(tmp_path):
     (tmp_path / "a.jsonl").write_text('{"text": "x"}\n' * 1000)
-    units, unit_bytes = plan_units(find_sources([tmp_path]), ReadOptions(), None)
+    units, unit_bytes = plan_units(find_sources([tmp_path], ReadOptions()), ReadOptions(), None)
     assert (units[0].start, units[-1].stop) == (0, 14_000)
     assert list(unit_bytes.values()) == [MIN_UNIT_BYTES]

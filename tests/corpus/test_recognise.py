@@ -5,7 +5,7 @@ import json
 from raw_text import prose, write_jsonl
 
 from llm.corpus import plan
-from llm.corpus.documents import ReadOptions
+from llm.corpus.options import ReadOptions
 from llm.corpus.recognise import units_of_file
 from llm.corpus.tokenize_corpus import tokenize_corpus
 from llm.data.manifest import load_manifest

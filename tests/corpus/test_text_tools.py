@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from raw_text import prose, write_jsonl
 
-from llm.corpus.recipes import collect
+from llm.corpus.collect import collect
 from llm.log import UserError
 from llm.tokenizer import load_tokenizer
 

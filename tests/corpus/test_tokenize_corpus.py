@@ -1,5 +1,6 @@
 """Raw text to shards: every document once, the same for any number of workers, and only what is new."""
 
+import gzip
 import json
 import time
 from dataclasses import replace
@@ -7,7 +8,8 @@ from dataclasses import replace
 from raw_text import contents, documents_of, manifest_id, prose, raw_texts, stamp_of, texts_of, write_jsonl
 
 from llm.corpus import plan
-from llm.corpus.documents import ReadOptions
+from llm.corpus.options import ReadOptions
+from llm.corpus.recognise import units_of_file
 from llm.corpus.tokenize_corpus import tokenize_corpus
 from llm.data.manifest import find_shards, load_manifest
 from llm.data.shards import verify_shard
@@ -37,6 +39,23 @@ def test_names_and_places_of_files_do_not_matter(request_for, raw, tmp_path):
         path.rename(raw / f"renamed-{i}{path.suffix}")
     tokenize_corpus(request_for("second", shard_tokens=10_000))
     assert manifest_id(tmp_path / "first") == manifest_id(tmp_path / "second")
+
+
+def test_packed_text_gives_the_shards_of_the_plain_one_and_is_recognised(request_for, raw, tmp_path):
+    tokenize_corpus(request_for("plain"))
+    sources = load_manifest(tmp_path / "plain").sources
+    assert max(len(source["unit_ids"]) for source in sources) > 3
+    for path in list(raw.iterdir()):
+        (raw / f"{path.name}.gz").write_bytes(gzip.compress(path.read_bytes()))
+        path.unlink()
+    tokenize_corpus(request_for("packed", workers=2))
+    assert manifest_id(tmp_path / "packed") == manifest_id(tmp_path / "plain")
+    packed = load_manifest(tmp_path / "packed").sources
+    assert [(source["source_id"], source["unit_ids"]) for source in packed] == [(source["source_id"], source["unit_ids"]) for source in sources]
+    known = {unit_id for source in sources for unit_id in source["unit_ids"]}
+    for path in raw.iterdir():
+        assert all(unit.unit_id in known for unit in units_of_file(path, sources, known, ReadOptions()))
+    assert not tokenize_corpus(request_for("packed")).shards
 
 
 def test_shards_are_whole_units_up_to_the_target(request_for, raw):

@@ -57,7 +57,7 @@ def test_the_ledger_of_a_replay_is_verified_and_names_its_parts(replayed):
     for command, told in (("verify", "everything agrees"), ("show", "25.00 %  of the samples from replay")):
         done = subprocess.run([sys.executable, "tools/ledger.py", command, run], cwd=ROOT, capture_output=True, text=True, timeout=60)
         assert done.returncode == 0 and told in done.stdout, done.stdout + done.stderr
-    assert [share.is_replay for share in newest_ledger(replayed).phases[-1].shares] == [False, True]
+    assert [(s.name, s.is_replay) for s in newest_ledger(replayed).phases[-1].shares] == [("new", False), ("replay", True)]
 
 
 def settings(**weights: int):

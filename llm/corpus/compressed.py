@@ -1,0 +1,85 @@
+"""Compressed files: .gz, .zst and .zip as streams of bytes, which end with an error when they expand beyond all measure."""
+
+import gzip
+import io
+import zipfile
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+from llm.corpus.column_files import pyarrow
+from llm.log import UserError
+
+SUFFIXES = (".gz", ".zst", ".zip")
+MAX_EXPANSION, FREE_BYTES = 200, 64 << 20  # text seldom shrinks to less than a tenth; a bomb to a thousandth
+
+
+@contextmanager
+def opened(path: Path) -> Iterator[BinaryIO]:
+    """A .gz or .zst as the bytes inside. Raises UserError where they cannot be had."""
+    with open(path, "rb") as file:
+        with _told(path):
+            inside = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else pyarrow().CompressedInputStream(file, "zstd")
+        yield _bounded(inside, path, path.stat().st_size)
+
+
+@contextmanager
+def opened_member(path: Path, member: str) -> Iterator[BinaryIO]:
+    """A file inside a .zip."""
+    with _archive(path) as archive:
+        with _told(path):
+            inside = archive.open(member)
+        yield _bounded(inside, path, archive.getinfo(member).compress_size)
+
+
+def unpacked_size(path: Path) -> int:
+    """Bytes of a plain file, or of what a .gz or .zst holds, which only reading it tells."""
+    if path.suffix not in (".gz", ".zst"):
+        return path.stat().st_size
+    with opened(path) as stream:
+        return sum(map(len, iter(lambda: stream.read(1 << 20), b"")))
+
+
+def members(path: Path) -> list[str]:
+    """The names of the files inside a .zip, in order, without hidden ones."""
+    with _archive(path) as archive:
+        names = [name for name in archive.namelist() if not name.endswith("/")]
+    return sorted(name for name in names if not any(part.startswith((".", "__MACOSX")) for part in name.split("/")))
+
+
+def _archive(path: Path) -> zipfile.ZipFile:
+    with _told(path):
+        return zipfile.ZipFile(path)
+
+
+def _bounded(inside, path: Path, compressed_bytes: int) -> BinaryIO:
+    return io.BufferedReader(_Bounded(inside, path, compressed_bytes), 1 << 20)
+
+
+class _Bounded(io.RawIOBase):
+    def __init__(self, inside, path: Path, compressed_bytes: int):
+        self._inside, self._path = inside, path
+        self._limit, self._read = FREE_BYTES + MAX_EXPANSION * compressed_bytes, 0
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, target) -> int:
+        with _told(self._path):
+            data = self._inside.read(len(target))
+        self._read += len(data)
+        if self._read > self._limit:
+            raise UserError(f"{self._path}: more than {self._read:,} bytes come out of it, over {MAX_EXPANSION} times its size. That is no text; "
+                            f"decompress it yourself if you trust it.")  # fmt: skip
+        target[: len(data)] = data
+        return len(data)
+
+
+@contextmanager
+def _told(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except (EOFError, OSError, zlib.error, zipfile.BadZipFile, NotImplementedError, RuntimeError) as error:  # an encrypted .zip is a RuntimeError
+        raise UserError(f"{path}: cannot be decompressed ({error}). It is damaged, cut off or of another kind: fetch it again.") from None

@@ -1,0 +1,107 @@
+"""Documents from any kind of file into one of another kind: .txt, .jsonl, .parquet or .arrow."""
+
+import json
+from collections.abc import Callable, Iterable
+from contextlib import AbstractContextManager, contextmanager
+from pathlib import Path
+
+from llm.corpus.column_files import pyarrow
+from llm.corpus.documents import Document
+from llm.log import UserError, log
+
+GROUP_BYTES = 32 << 20  # of text in a row group: little enough to hold, and a unit of its own for tokenizing
+Write = Callable[[Document], None]
+
+
+def convert(documents: Iterable[Document], out: Path, separator: str) -> int:
+    """Write the documents to `out`, in the kind of file that its suffix says; it appears whole or not at all. Returns how many."""
+    if out.suffix not in WRITERS:
+        raise UserError(f"{out}: cannot write files called *{out.suffix}; choose one of {', '.join(WRITERS)}.")
+    if out.exists():
+        raise UserError(f"{out}: is there already. Delete it, or choose another --out.")
+    tmp, n_docs = out.with_name(out.name + ".tmp"), 0
+    try:
+        out.parent.mkdir(parents=True, exist_ok=True)
+        with WRITERS[out.suffix](tmp, separator) as write:
+            for document in documents:
+                write(document)
+                n_docs += 1
+        if not n_docs:
+            raise UserError(f"{out}: not written, for no document is left.")
+        tmp.replace(out)
+    except OSError as error:
+        raise UserError(f"{error.filename or out}: {error.strerror or error}. Put that right and run again.") from None
+    finally:
+        tmp.unlink(missing_ok=True)
+    return n_docs
+
+
+@contextmanager
+def _txt(path: Path, separator: str):
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        first = True
+
+        def write(document: Document) -> None:
+            nonlocal first
+            if separator in document.text:
+                raise UserError(
+                    f"{document.source}: a document holds the separator {separator!r} and would be read back as several. Choose another."
+                )
+            if first and document.conversation:
+                log.warning("conversations become plain text in a .txt file, special tokens too; .jsonl and .parquet keep them conversations")
+            file.write(("" if first else separator) + document.text)
+            first = False
+
+        yield write
+
+
+@contextmanager
+def _jsonl(path: Path, _: str):
+    with open(path, "w", encoding="utf-8") as file:
+        yield lambda document: file.write(json.dumps({**document.to_json(), "source": document.source}, ensure_ascii=False) + "\n")
+
+
+@contextmanager
+def _table(open_writer):
+    """Rows gathered to tables of about GROUP_BYTES. The first document says whether all are texts or conversations."""
+    library, rows, held, writer, schema = pyarrow(), [], 0, None, None
+
+    def flush() -> None:
+        nonlocal rows, held, writer
+        if rows:
+            writer = writer or open_writer(schema)
+            writer.write_table(library.Table.from_pylist(rows, schema))
+        rows, held = [], 0
+
+    def write(document: Document) -> None:
+        nonlocal held, schema
+        row = {**document.to_json(), "source": document.source}
+        schema = schema or _schema(library, "messages" in row)
+        if not row.keys() <= set(schema.names):
+            raise UserError(f"{document.source}: texts and conversations do not go into one table. Convert them one by one, or into .jsonl.")
+        rows.append(row)
+        held += len(document.text)
+        if held >= GROUP_BYTES:
+            flush()
+
+    yield write
+    flush()
+    if writer:
+        writer.close()
+
+
+def _schema(library, of_conversations: bool):
+    text = library.string()
+    messages = library.list_(library.struct([("role", text), ("content", text)]))
+    return library.schema([("messages", messages) if of_conversations else ("text", text), ("source", text)])
+
+
+def _parquet(path: Path, _: str):
+    return _table(lambda schema: pyarrow().parquet.ParquetWriter(path, schema, compression="zstd"))
+
+
+def _arrow(path: Path, _: str):
+    return _table(lambda schema: pyarrow().ipc.new_file(str(path), schema))
+
+
+WRITERS: dict[str, Callable[[Path, str], AbstractContextManager[Write]]] = {".txt": _txt, ".jsonl": _jsonl, ".parquet": _parquet, ".arrow": _arrow}
