@@ -11,8 +11,9 @@ from pathlib import Path
 
 import numpy as np
 
-from llm.corpus.conversations import Template
+from llm.corpus.conversations import Segment, Template
 from llm.corpus.documents import Counts, Document, read_documents
+from llm.corpus.masks import Spans, document_spans, joined
 from llm.corpus.options import ReadOptions
 from llm.corpus.parts import DIGEST_BYTES, ROLES, EncodedUnit, write_part
 from llm.corpus.plan import Task, Unit
@@ -69,37 +70,53 @@ def encode_unit(unit: Unit, job: Job, tokenizer: Tokenizer) -> EncodedUnit:
         counts = Counts()
         digests = [document_digest(document.identity()) for document in _documents(unit, job, counts)]
         if (unit_id := unit_id_of(digests)) in job.known_units:
-            return EncodedUnit(unit_id, digests, counts, {}, {})
-    counts, digests, encoded, text_bytes = Counts(), [], [], []
+            return EncodedUnit(unit_id, digests, counts, {}, {}, {})
+    counts, digests, encoded, masks, text_bytes = Counts(), [], [], [], []
     for batch in _batches(_documents(unit, job, counts)):
-        for document, ids in zip(batch, encode_documents(batch, job.options.template, tokenizer), strict=True):
+        for document, (ids, spans) in zip(batch, encode_documents(batch, job.options.template, tokenizer), strict=True):
             digests.append(document_digest(document.identity()))
             text_bytes.append(len(document.text.encode()))
             encoded.append(ids.astype(job.dtype))
-    unit_id, n_bytes, tokens = unit_id_of(digests), {}, {}
+            masks.append(spans)
+    unit_id, n_bytes, tokens, spans = unit_id_of(digests), {}, {}, {}
     order = _order(len(digests), unit_id, job.shuffle_seed)
     is_val = np.array([_is_val(digest, job.val_ratio) for digest in digests], dtype=bool)
     for role, chosen in zip(ROLES, (order[~is_val[order]], order[is_val[order]]), strict=True):
         n_bytes[role] = sum(text_bytes[i] for i in chosen)
         tokens[role] = _joined([encoded[i] for i in chosen], tokenizer.eos_id, job.dtype)
-    return EncodedUnit(unit_id, digests, counts, n_bytes, tokens)
+        spans[role] = joined((masks[i], len(encoded[i]) + 1) for i in chosen)
+    return EncodedUnit(unit_id, digests, counts, n_bytes, tokens, spans)
 
 
-def encode_documents(documents: list[Document], template: Template, tokenizer: Tokenizer) -> list[np.ndarray]:
-    """The ids of each document, without an end-of-text. Names of special tokens become those tokens only where the template has put them."""
+def encode_documents(documents: list[Document], template: Template, tokenizer: Tokenizer) -> list[tuple[np.ndarray, Spans]]:
+    """The ids of each document, without an end-of-text, and which of them and the end-of-text that will follow carry loss.
+
+    Names of special tokens become those tokens only where the template has put them.
+    """
     segments = [document.segments(template) for document in documents]
     texts = iter(tokenizer.encode_batch([segment.text for some in segments for segment in some if not segment.is_special]))
-    pieces = [[_special(segment.text, tokenizer) if segment.is_special else next(texts) for segment in some] for some in segments]
-    return [some[0] if len(some) == 1 else np.concatenate(some) for some in pieces]
+    special = {name: np.array([token], np.uint32) for name, token in tokenizer.special_ids.items()}
+    pieces = [[special[segment.text] if segment.is_special else next(texts) for segment in some] for some in segments]
+    ids = [some[0] if len(some) == 1 else np.concatenate(some) for some in pieces]
+    masks = [_spans(*rest) if document.conversation else None for document, *rest in zip(documents, segments, pieces, strict=True)]
+    return list(zip(ids, masks, strict=True))
 
 
-def _special(name: str, tokenizer: Tokenizer) -> np.ndarray:
-    if name not in tokenizer.special_ids:
+def _spans(segments: list[Segment], pieces: list[np.ndarray]) -> np.ndarray:
+    """The end-of-text carries loss where nothing else tells that the assistant's turn is over."""
+    carries = [segment.is_assistant for segment in segments]
+    return document_spans([*map(len, pieces), 1], [*carries, carries[-1]])
+
+
+def check_template(template: Template, tokenizer: Tokenizer) -> None:
+    """Raises UserError when the tokenizer lacks a special token that the template writes."""
+    missing = [name for name in template.special_in_use() if name not in tokenizer.special_ids]
+    if missing:
         raise UserError(
-            f"the chat template has {name!r}, which is no special token of this tokenizer ({', '.join(tokenizer.special_ids)}). Give a --template "
-            f"that fits it, or a tokenizer that has ChatML's tokens, as those of tools/train_tokenizer.py do."
+            f"the chat template {template.name} has {missing[0]!r}, which is no special token of this tokenizer "
+            f"({', '.join(tokenizer.special_ids)}). Give a --template that fits it, or a tokenizer that has ChatML's tokens, "
+            f"as those of tools/train_tokenizer.py do."
         )
-    return np.array([tokenizer.special_ids[name]], np.uint32)
 
 
 def unit_id_of(digests: Iterable[bytes]) -> str:
