@@ -35,7 +35,7 @@ from llm.train.faults import StopFlag
 from llm.train.keeper import Keeper
 from llm.train.loop import Progress, train_phase
 from llm.train.metrics import Metrics
-from llm.train.phases import Wish, choose_phase
+from llm.train.phases import Wish, choose_phase, row_cut
 from llm.train.probe import ACCEPT, Probe, probe_shards
 from llm.train.summary import tell_sitting
 from llm.train.validate import token_byte_lengths, validate
@@ -292,7 +292,7 @@ def _validator(
     byte_lengths = token_byte_lengths(tokenizer, cfg.model.vocab_size)
 
     def batches():
-        return eval_batches(val_shards, cfg.model.seq_len, plan.micro_rows, world.rank, world.size, cfg.train.eval_rows)
+        return eval_batches(val_shards, cfg.model.seq_len, plan.micro_rows, world.rank, world.size, cfg.train.eval_rows, **row_cut(cfg))
 
     return lambda: validate(engine, batches, byte_lengths, world)
 
