@@ -29,11 +29,6 @@ class Bins:
         here = slice(self.first[number], self.first[number + 1])
         return list(zip(self.starts[here].tolist(), self.stops[here].tolist(), strict=True))
 
-    @property
-    def tokens(self) -> int:
-        """Of all pieces; with the room of a row, it tells the share of padding."""
-        return int((self.stops - self.starts).sum())
-
 
 @lru_cache(maxsize=64)
 def bins_of(shard: Shard, seq_len: int) -> Bins:

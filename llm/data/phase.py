@@ -161,6 +161,11 @@ class Phase:
         return min(drawn // (stop - start) for share, (start, stop), drawn in shares if not share.is_replay)
 
     @property
+    def padding(self) -> float:
+        """Share of the rows' tokens that no text fills; where long documents are packed in pieces, at most so much."""
+        return 1 - sum(shard.n_tokens for shard in self.shards) / max(1, self.samples * (self.seq_len + 1))
+
+    @property
     def is_done(self) -> bool:
         return self.consumed >= self.total
 

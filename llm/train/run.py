@@ -318,7 +318,8 @@ def _introduce(cfg: RunConfig, plan: BatchPlan, world: World, checkpoint: Checkp
     size = f"{count_params(cfg.model):,} parameters"
     log.info(f"{cfg.checkpoint.run_name} {start} at step {at.step:,}: {size}, {kind}, {engine.precision}, {world.device}")
     log.info(f"batch: {plan}")
+    cut = f" packed ({phase.padding:.1%} padding)" if phase.packing else ""
     log.info(
-        f"phase {phase.name}: {phase.samples:,} samples x {phase.epochs} epochs from {len(phase.shards)} shards, {phase.consumed:,} consumed; "
+        f"phase {phase.name}: {phase.samples:,} samples{cut} x {phase.epochs} epochs from {len(phase.shards)} shards, {phase.consumed:,} consumed; "
         f"the schedule runs to step {horizon(cfg, phase, plan.global_rows, at.step).end:,}"
     )
