@@ -78,11 +78,6 @@ class Windows:
         return list(pairwise([start, *ends[first:last].tolist(), stop]))
 
 
-def windows_of(phase: Phase, shards: list[Shard]) -> Windows:
-    """The windows that a phase cuts these shards into."""
-    return Windows(shards, phase.seq_len, phase.document_mask, phase.packing)
-
-
 class Sampler:
     """The rows of a phase by draw number. Memory is a few numbers per shard, whatever the number of samples."""
 
@@ -93,18 +88,16 @@ class Sampler:
                 raise ShardError(f"shard {planned.name} ({planned.shard_id[:16]}), which phase {phase.name} trains on, is not "
                                  f"among the data given. Restore its files, under any name, where data_path points.")
         self.phase = phase
-        self.windows = windows_of(phase, [by_id[planned.shard_id] for planned in phase.shards])
+        planned_shards = [by_id[planned.shard_id] for planned in phase.shards]
+        self.windows = Windows(planned_shards, phase.seq_len, phase.document_mask, phase.packing)
         assert len(self.windows) == phase.samples, (len(self.windows), phase.samples)
 
     def rows(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """ids int64[R, L+1] and counted bool[R, L] of these draws; -1 gives a row of padding."""
-        return self.windows.rows(self._numbers(draws))
+        return self.windows.rows(self.numbers(draws))
 
-    def doc_ids(self, draws: np.ndarray) -> np.ndarray | None:
-        """As `Windows.doc_ids`."""
-        return self.windows.doc_ids(self._numbers(draws)) if self.windows.document_mask else None
-
-    def _numbers(self, draws: np.ndarray) -> np.ndarray:
+    def numbers(self, draws: np.ndarray) -> np.ndarray:
+        """Which of the windows these draws take, int64; -1 where a draw is -1."""
         numbers = np.full_like(draws, -1)
         real = draws >= 0
         numbers[real] = self.phase.samples_at(draws[real])

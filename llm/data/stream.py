@@ -45,8 +45,9 @@ def micro_batches(sampler: Sampler, g: int, batch_rows: int, rank: int, world_si
     assert rest == 0 and n_micro_batches > 0, f"{batch_rows} rows cannot be dealt to {world_size} ranks by {rows}"
     assert 0 <= g < sampler.phase.total, (g, sampler.phase.total)
     draws = deal(g, min(g + batch_rows, sampler.phase.total), rank, world_size, rows, n_micro_batches)
-    ids, counted = sampler.rows(draws.ravel())
-    doc_ids = sampler.doc_ids(draws.ravel())
+    numbers = sampler.numbers(draws.ravel())
+    ids, counted = sampler.windows.rows(numbers)
+    doc_ids = sampler.windows.doc_ids(numbers)
     cuts = [slice(at, at + rows) for at in range(0, len(ids), rows)]
     return [_batch(ids[cut], counted[cut], None if doc_ids is None else doc_ids[cut], draws[m]) for m, cut in enumerate(cuts)]
 

@@ -70,12 +70,11 @@ class Transformer(nn.Module):
         start = cache.length if cache else 0
         stop = start + tokens_BT.shape[1]
         assert stop <= self.cfg.seq_len, (stop, self.cfg.seq_len)
-        x_BTD, rope, mask = self.embed(tokens_BT), None, None
-        places = torch.arange(start, stop, device=tokens_BT.device)
+        x_BTD, rope, mask, places = self.embed(tokens_BT), None, None, slice(start, stop)
         if doc_ids_BT is not None:
             places, mask = positions_in_documents(doc_ids_BT), document_mask(doc_ids_BT)
         if self.cfg.positions == "learned":
-            x_BTD = x_BTD + self.positions(places)
+            x_BTD = x_BTD + self.positions(torch.arange(self.cfg.seq_len, device=tokens_BT.device)[places])
         else:
             rope = self.cos[places], self.sin[places]
         for layer, block in enumerate(self.blocks):

@@ -113,7 +113,7 @@ def test_best_fit_leaves_little_room_and_does_not_depend_on_chance():
 def test_padding_of_a_bin_counts_for_nothing_and_sees_no_document(shards):
     sampler, documents = sampler_of(shards, BESTFIT), document_of()
     rows = np.arange(sampler.phase.total)
-    (ids, counted), doc_ids = sampler.rows(rows), sampler.doc_ids(rows)
+    (ids, counted), doc_ids = sampler.rows(rows), sampler.windows.doc_ids(sampler.numbers(rows))
     padding = ids == PAD_ID
     assert padding.any() and not (counted & padding[:, 1:]).any()
     for row, pad in zip(doc_ids, padding[:, :-1], strict=True):
