@@ -15,7 +15,7 @@ def main() -> None:
 
     import torch  # only now: --help and a mistyped flag answer at once
 
-    from llm.generate.generator import generate_ids, stream_text
+    from llm.generate.generator import generate_ids, prompt_ids, stream_text
     from llm.generate.load import DTYPES, choose_device, load_run
     from llm.generate.sampling import Sampling
 
@@ -23,13 +23,14 @@ def main() -> None:
     device = choose_device(args.device)
     dtype = DTYPES[args.dtype or ("fp32" if device == "cpu" else "bf16")]
     model, tokenizer, manifest = load_run(args.run, args.step, device=device, dtype=dtype)
-    ids, seq_len = tokenizer.encode(text), model.cfg.seq_len
+    ids, seq_len = prompt_ids(tokenizer, text, args.special_tokens), model.cfg.seq_len
     if len(ids) > seq_len:
         log.warning(f"the prompt has {len(ids):,} tokens, the model sees {seq_len:,}: only the last {seq_len:,} are used")
     seed = torch.seed() % 2**32 if args.seed is None else args.seed
     log.info(f"{args.run}, step {manifest.step:,}, on {device}, seed {seed}")
     print(text, end="", flush=True)
-    new_ids = generate_ids(model, tokenizer, ids, max_tokens=args.max_tokens, sampling=sampling, seed=seed)
+    stop_ids = tuple(tokenizer.special_ids.values()) if args.special_tokens else ()
+    new_ids = generate_ids(model, tokenizer, ids, max_tokens=args.max_tokens, sampling=sampling, seed=seed, stop_ids=stop_ids)
     for piece in stream_text(tokenizer, new_ids):
         print(piece, end="", flush=True)
     print()
@@ -41,6 +42,7 @@ def arguments():
     prompt = parser.add_mutually_exclusive_group(required=True)
     prompt.add_argument("--prompt", help="the text to continue; - reads it from standard input")
     prompt.add_argument("--prompt-file", type=Path, metavar="FILE", help="a UTF-8 file with the text to continue")
+    parser.add_argument("--special-tokens", action="store_true", help="names such as <|im_end|> in the prompt are tokens, and any ends the text")
     parser.add_argument("--max-tokens", type=int, default=200, metavar="N", help="stop after so many new tokens (%(default)s)")
     parser.add_argument("--temp", type=float, default=0.8, metavar="X", help="temperature; 0 takes the likeliest token (%(default)s)")
     parser.add_argument("--top-k", type=int, metavar="K", help="choose among the K likeliest tokens")

@@ -135,9 +135,20 @@ class DataConfig(Section):
     """Keep the shard that an imported .jsonl becomes beside it; false: keep it in the run's folder."""
     rechunk: bool = False
     """Allow shards that were made for another seq_len."""
+    document_mask: bool = False
+    """Tokens see only those of their own document, positions begin with it, and its first token is not predicted from the one before."""
+    packing: Literal["bestfit"] | None = Field(None, validate_default=True)
+    """bestfit: a row holds whole documents, chosen to leave little of it empty; for conversations. None: windows of the text as it runs."""
     weights: dict[str, Annotated[int, Field(ge=1, le=1000)]] = {}
     """Out of the sum of all weights, so many samples come from the dataset of that name (one that is not named: 1). The phase lasts until
     each dataset has been passed `epochs` times, so a weighty one is passed more often. Empty: all samples alike, each once an epoch."""
+
+    @field_validator("packing")
+    @classmethod
+    def _packing_needs_mask(cls, given: str | None, info: ValidationInfo) -> str | None:
+        if given and not info.data.get("document_mask"):
+            raise ValueError("documents side by side have nothing to do with each other: it needs document_mask: true")
+        return given
 
     @property
     def datasets(self) -> dict[str, str]:

@@ -37,14 +37,17 @@ def make_tokenizer(path: Path, words: int = WORDS) -> Path:
     return path
 
 
-def add_shard(data: Path, tokenizer: Path, first: int, last: int, role: str = "train", seq_len: int = SEQ_LEN) -> Path:
-    """A shard in the dataset folder `data` with the ids first..last-1, one document."""
+def add_shard(
+    data: Path, tokenizer: Path, first: int, last: int, role: str = "train", seq_len: int = SEQ_LEN, lengths: list[int] | None = None,
+    mask_spans: np.ndarray | None = None,
+) -> Path:  # fmt: skip
+    """A shard in the dataset folder `data` with the ids first..last-1, one document or documents of these lengths."""
     info = tokenizer_info(load_tokenizer(tokenizer))
     unit = {"unit_id": f"unit-{first}-{last}", "bytes": 5 * (last - first)}
-    parts = [(np.arange(first, last), np.array([last - first]))]
+    parts = [(np.arange(first, last), np.array(lengths or [last - first]))]
     meta = write_shard(
         data, f"{role}-{first:05d}", parts, dtype=token_dtype(info["vocab_size"]), tokenizer=info, units=[unit], role=role, seq_len=seq_len,
-        writer={"version": "test"},
+        writer={"version": "test"}, mask_spans=mask_spans,
     )  # fmt: skip
     source = {"source_id": unit["unit_id"], "names": ["text"], "docs": 1, "bytes": 1, "unit_bytes": 1, "unit_ids": [unit["unit_id"]]}
     write_manifest(data, sources=[source], shards=[meta], tokenizer=info, seq_len=seq_len)

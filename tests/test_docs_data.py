@@ -1,4 +1,4 @@
-"""The commands of docs/data.md name scripts and options that there are."""
+"""The commands of the pages on data and fine-tuning name scripts and options that there are."""
 
 import re
 import shlex
@@ -6,13 +6,16 @@ import subprocess
 import sys
 from pathlib import Path
 
+import pytest
+
 ROOT = Path(__file__).parent.parent
 
 
-def test_every_command_in_docs_data_names_a_script_and_options_that_exist():
-    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / "data.md").read_text(encoding="utf-8"), re.DOTALL)
+@pytest.mark.parametrize("page, at_least", [("data.md", 10), ("finetune.md", 6)])
+def test_every_command_on_the_page_names_a_script_and_options_that_exist(page, at_least):
+    blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
     commands = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.startswith("python ")]
-    assert len(commands) > 10
+    assert len(commands) > at_least
     helps = {}
     for _, script, *words in commands:
         wanted = [word.split("=")[0] for word in words if word.startswith("--")]

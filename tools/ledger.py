@@ -144,7 +144,8 @@ def _skipped(args) -> None:
         print(f"\nstep {skipped.step:,}, phase {phase.name} ({phase.dataset}), draws {skipped.start:,} to {skipped.stop - 1:,}: {skipped.reason}")
         for draw, origin in enumerate(origins(phase, skipped.start, skipped.stop, data.shards), skipped.start):
             told = ", ".join(f"{file} document {n:,}" for file, n in origin.documents) or "its files are not here; --data PATH says where they are"
-            print(f"  draw {draw:,}: {origin.shard.name}, tokens {origin.start:,} to {origin.stop - 1:,}: {told}")
+            tokens = ", ".join(f"{start:,} to {stop - 1:,}" for start, stop in origin.pieces) or "packed"
+            print(f"  draw {draw:,}: {origin.shard.name}, tokens {tokens}: {told}")
     if not any(phase.skipped for phase in ledger.phases):
         print("no step was skipped")
 

@@ -6,6 +6,7 @@ from itertools import groupby
 from pathlib import Path
 
 from llm.corpus.encode import source_id_of
+from llm.corpus.masks import joined
 from llm.corpus.parts import ROLES, PartUnit
 from llm.corpus.plan import Source
 from llm.data.record import ShardError
@@ -110,6 +111,7 @@ class ShardWriter:
             role=role,
             seq_len=self.seq_len,
             writer=self.writer,
+            mask_spans=joined((unit.spans(role), unit.record[role]["tokens"]) for unit in group),
         )
 
     def _unit_entry(self, unit: PartUnit, role: str) -> dict:
@@ -147,5 +149,5 @@ class ShardWriter:
 
 def _remove(meta_path: Path) -> None:
     stem = meta_path.name.removesuffix(META_SUFFIX)
-    for suffix in (META_SUFFIX, ".bin", ".idx"):  # the meta first: without it there is no shard
+    for suffix in (META_SUFFIX, ".bin", ".idx", ".mask"):  # the meta first: without it there is no shard
         meta_path.with_name(stem + suffix).unlink(missing_ok=True)

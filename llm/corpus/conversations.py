@@ -2,7 +2,8 @@
 
 import json
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from functools import lru_cache
 from pathlib import Path
 from typing import NamedTuple
 
@@ -44,7 +45,9 @@ class Segment(NamedTuple):
 
 @dataclass(frozen=True)
 class Template:
-    """How one turn is written. What follows {content} up to the next special token is the turn's end, which the assistant must learn too."""
+    """How one turn is written. What follows {content} up to the next special token, or all of it where there is none, is the turn's end,
+    which the assistant must learn too.
+    """
 
     turn: str = f"{IM_START}{{role}}\n{{content}}{IM_END}\n"
     special: tuple[str, ...] = (IM_START, IM_END)
@@ -53,6 +56,16 @@ class Template:
     """(role, what the template calls it), where the two differ."""
     system: str = ""
     """The system prompt of conversations that bring none."""
+    name: str = field(default="ChatML", compare=False)
+    """For people."""
+
+    def to_json(self) -> dict:
+        """What a dataset keeps of it."""
+        return {"name": self.name, "turn": self.turn, "special": list(self.special), "roles": dict(self.roles), "system": self.system}
+
+    def special_in_use(self) -> list[str]:
+        """The special tokens that it writes."""
+        return [part for part in _parts(self) if part in self.special]
 
 
 CHATML = Template()
@@ -75,7 +88,7 @@ def load_template(path: Path | str) -> Template:
     if fields["turn"].count("{content}") != 1:
         raise UserError(f"{path}: 'turn' must hold {{content}} once, and it is {fields['turn']!r}.")
     special, roles = tuple(map(str, fields.get("special", CHATML.special))), tuple(sorted(fields.get("roles", {}).items()))
-    return Template(fields["turn"], special, roles, fields.get("system", ""))
+    return Template(fields["turn"], special, roles, fields.get("system", ""), Path(path).name)
 
 
 def render(conversation: Conversation, template: Template = CHATML) -> list[Segment]:
@@ -90,7 +103,7 @@ def _rendered(turn: Turn, template: Template) -> list[Segment]:
     parts = _parts(template)
     role = dict(template.roles).get(turn.role, turn.role)
     after_content = parts.index("{content}")
-    end = next((i for i in range(after_content, len(parts)) if parts[i] in template.special), after_content)
+    end = next((i for i in range(after_content, len(parts)) if parts[i] in template.special), len(parts))
     segments = []
     for i, part in enumerate(parts):
         text = turn.content if part == "{content}" else part.replace("{role}", role)
@@ -99,6 +112,7 @@ def _rendered(turn: Turn, template: Template) -> list[Segment]:
     return segments
 
 
+@lru_cache(maxsize=8)
 def _parts(template: Template) -> list[str]:
     """The turn cut at {content} and at its special tokens, which are parts of their own."""
     names = "|".join(map(re.escape, ("{content}", *sorted(template.special, key=len, reverse=True))))

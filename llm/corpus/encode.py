@@ -12,8 +12,9 @@ from pathlib import Path
 
 import numpy as np
 
-from llm.corpus.conversations import Template
+from llm.corpus.conversations import Segment, Template
 from llm.corpus.documents import Counts, Document, read_documents
+from llm.corpus.masks import Spans, document_spans
 from llm.corpus.options import ReadOptions
 from llm.corpus.parts import DIGEST_BYTES, ROLES, PartWriter
 from llm.corpus.plan import Task, Unit
@@ -92,33 +93,47 @@ def encode_unit(unit: Unit, job: Job, tokenizer: Tokenizer, encode: Encode, part
             return
     counts, is_val, eos = Counts(), bytearray(), np.array(tokenizer.eos_id, job.dtype).tobytes()
     for batch in _batches(_documents(unit, job, counts)):
-        for document, ids in zip(batch, encode_documents(batch, job.options.template, tokenizer, encode), strict=True):
+        for document, (ids, spans) in zip(batch, encode_documents(batch, job.options.template, tokenizer, encode), strict=True):
             digest = document_digest(document.identity())
             is_val.append(_is_val(digest, job.val_ratio))
-            part.add(ROLES[is_val[-1]], digest, ids, eos, len(document.text.encode()))
+            part.add(ROLES[is_val[-1]], digest, ids, spans, eos, len(document.text.encode()))
     unit_id = unit_id_of([part.digests])
     part.end_unit(unit_id, counts, _orders(np.frombuffer(is_val, bool), unit_id, job.shuffle_seed))
 
 
-def encode_documents(documents: list[Document], template: Template, tokenizer: Tokenizer, encode: Encode | None = None) -> list[np.ndarray]:
-    """The ids of each document, without an end-of-text. `encode`: what gives the tokenizer's ids faster.
+def encode_documents(
+    documents: list[Document], template: Template, tokenizer: Tokenizer, encode: Encode | None = None
+) -> list[tuple[np.ndarray, Spans]]:
+    """The ids of each document, without an end-of-text, and which of them and the end-of-text that will follow carry loss.
+
+    `encode`: what gives the tokenizer's ids faster.
 
     Names of special tokens become those tokens only where the template has put them.
     """
     segments = [document.segments(template) for document in documents]
-    plain = [segment.text for some in segments for segment in some if not segment.is_special]
-    texts = iter((encode or tokenizer.encode_batch)(plain))
-    pieces = [[_special(segment.text, tokenizer) if segment.is_special else next(texts) for segment in some] for some in segments]
-    return [some[0] if len(some) == 1 else np.concatenate(some) for some in pieces]
+    texts = iter((encode or tokenizer.encode_batch)([segment.text for some in segments for segment in some if not segment.is_special]))
+    special = {name: np.array([token], np.uint32) for name, token in tokenizer.special_ids.items()}
+    pieces = [[special[segment.text] if segment.is_special else next(texts) for segment in some] for some in segments]
+    ids = [some[0] if len(some) == 1 else np.concatenate(some) for some in pieces]
+    masks = [_spans(*rest) if document.conversation else None for document, *rest in zip(documents, segments, pieces, strict=True)]
+    return list(zip(ids, masks, strict=True))
 
 
-def _special(name: str, tokenizer: Tokenizer) -> np.ndarray:
-    if name not in tokenizer.special_ids:
+def _spans(segments: list[Segment], pieces: list[np.ndarray]) -> np.ndarray:
+    """The end-of-text carries loss where nothing else tells that the assistant's turn is over."""
+    carries = [segment.is_assistant for segment in segments]
+    return document_spans([*map(len, pieces), 1], [*carries, carries[-1]])
+
+
+def check_template(template: Template, tokenizer: Tokenizer) -> None:
+    """Raises UserError when the tokenizer lacks a special token that the template writes."""
+    missing = [name for name in template.special_in_use() if name not in tokenizer.special_ids]
+    if missing:
         raise UserError(
-            f"the chat template has {name!r}, which is no special token of this tokenizer ({', '.join(tokenizer.special_ids)}). Give a --template "
-            f"that fits it, or a tokenizer that has ChatML's tokens, as those of tools/train_tokenizer.py do."
+            f"the chat template {template.name} has {missing[0]!r}, which is no special token of this tokenizer "
+            f"({', '.join(tokenizer.special_ids)}). Give a --template that fits it, or a tokenizer that has ChatML's tokens, "
+            f"as those of tools/train_tokenizer.py do."
         )
-    return np.array([tokenizer.special_ids[name]], np.uint32)
 
 
 def unit_id_of(digests: Iterable[bytes]) -> str:

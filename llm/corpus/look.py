@@ -13,7 +13,7 @@ from llm.corpus.formats import tell_formats
 from llm.corpus.options import ReadOptions
 from llm.corpus.plan import find_sources
 from llm.corpus.read_all import read_sources
-from llm.data.manifest import find_shards, load_manifest
+from llm.data.manifest import Manifest, find_shards, load_manifest
 from llm.data.shards import Shard, verify_shard
 from llm.log import UserError, progress
 from llm.tokenizer import Tokenizer, load_tokenizer
@@ -100,8 +100,14 @@ def look_at_shards(path: Path, tokenizer_path: str | None, n_windows: int, windo
             facts.append(_fact(shard))
     all_lengths = np.concatenate(lengths)
     windows = [_shard_window(*place, window_tokens, tokenizer) for place in _places(shards, n_windows, window_tokens, seed)]
-    head = [f"manifest {load_manifest(path).manifest_id}"] if path.is_dir() else []
+    head = _head(load_manifest(path)) if path.is_dir() else []
     return Look(head + facts, "tokens", all_lengths, len(all_lengths) - len(seen), windows, shards[0].meta.seq_len)
+
+
+def _head(manifest: Manifest) -> list[str]:
+    template = manifest.template
+    said = [f"conversations written with the template {template['name']}: {template['turn']!r}"] if template else []
+    return [f"manifest {manifest.manifest_id}", *said]
 
 
 def _shards(path: Path) -> list[Shard]:

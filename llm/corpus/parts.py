@@ -2,6 +2,7 @@
 
 KEY.digests                         16 bytes of SHA-256 of each document, in the order of the file, all units after each other
 KEY.train.ids KEY.train.lengths     tokens in the shards' dtype and u32 tokens per document, of new units only; KEY.val.* likewise
+KEY.train.spans                     (start, length) pairs of u32, counted from the unit's first token: what carries loss; of units with conversations
 KEY.json                            the commit record, written last: per unit what it holds
 """
 
@@ -17,13 +18,14 @@ from tempfile import TemporaryFile
 import numpy as np
 
 from llm.corpus.documents import Counts
+from llm.corpus.masks import Spans, joined
 from llm.corpus.plan import Task, Unit
 from llm.data.record import ShardError, read_record, write_record
 
 FORMAT, VERSION = "tally-part", 2
 ROLES = ("train", "val")
 DIGEST_BYTES = 16
-_LENGTH = np.dtype("<u4")
+_LENGTH = _SPAN = np.dtype("<u4")
 _PIECE_TOKENS = 1 << 21
 
 
@@ -34,8 +36,8 @@ class PartUnit:
     unit: Unit
     record: dict
     stem: Path
-    at: dict[str, tuple[int, int]]
-    """Role to (first token, first document)."""
+    at: dict[str, tuple[int, int, int]]
+    """Role to (first token, first document, first span)."""
     first_digest: int
 
     @property
@@ -50,7 +52,7 @@ class PartUnit:
 
     def pieces(self, role: str, dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids and tokens per document of this role, some documents at a time."""
-        counts, (first_token, first_doc) = self.record[role], self.at[role]
+        counts, (first_token, first_doc, _) = self.record[role], self.at[role]
         if not counts["docs"]:
             return
         lengths = np.fromfile(f"{self.stem}.{role}.lengths", _LENGTH, counts["docs"], offset=first_doc * _LENGTH.itemsize)
@@ -61,6 +63,14 @@ class PartUnit:
             for start, stop in pairwise([0, *(cut for cut in cuts if cut)]):
                 yield np.fromfile(file, dtype, int(lengths[start:stop].sum(dtype=np.int64))), lengths[start:stop]
 
+    def spans(self, role: str) -> Spans:
+        """What carries loss, counted from this unit's first token of the role."""
+        n_spans = self.record[role]["spans"]
+        if n_spans is None:
+            return None
+        start = 2 * _SPAN.itemsize * self.at[role][2]
+        return np.fromfile(f"{self.stem}.{role}.spans", _SPAN, 2 * n_spans, offset=start).reshape(-1, 2).astype(np.int64)
+
 
 class PartWriter:
     """Writes a task's units while they are encoded: of a unit, no more is held than the lengths of its documents.
@@ -70,7 +80,7 @@ class PartWriter:
 
     def __init__(self, folder: Path, key: str, dtype: np.dtype, encoder: str):
         self._stem, self._dtype, self._encoder, self._records = folder / key, dtype, encoder, []
-        suffixes = ["digests", *(f"{role}.{kind}" for role in ROLES for kind in ("ids", "lengths"))]
+        suffixes = ["digests", *(f"{role}.{kind}" for role in ROLES for kind in ("ids", "lengths", "spans"))]
         self._files = {suffix: open(f"{self._stem}.{suffix}", "w+b") for suffix in suffixes}  # noqa: SIM115  closed by __exit__
         self._begin()
 
@@ -94,16 +104,18 @@ class PartWriter:
         self.digests = bytearray()
         """Of the current unit's documents, joined."""
         self._lengths = {role: array("I") for role in ROLES}
+        self._spans = {role: [] for role in ROLES}
         self._bytes = dict.fromkeys(ROLES, 0)
         self._starts = {role: self._files[f"{role}.ids"].tell() for role in ROLES}
 
-    def add(self, role: str, digest: bytes, ids: np.ndarray, eos: bytes, n_bytes: int) -> None:
-        """A document of the current unit; `eos`: the end-of-text token as bytes of the dtype."""
+    def add(self, role: str, digest: bytes, ids: np.ndarray, spans: Spans, eos: bytes, n_bytes: int) -> None:
+        """A document of the current unit; `eos`: the end-of-text token as bytes of the dtype, which `spans` count too."""
         file = self._files[f"{role}.ids"]
         file.write(ids.astype(self._dtype, copy=False))
         file.write(eos)
         self.digests += digest
         self._lengths[role].append(len(ids) + 1)
+        self._spans[role].append(spans)
         self._bytes[role] += n_bytes
 
     def add_known(self, digests: Iterable[bytes]) -> None:
@@ -115,14 +127,23 @@ class PartWriter:
         self._files["digests"].write(self.digests)
         record = {"unit_id": unit_id, "docs": len(self.digests) // DIGEST_BYTES, "counts": asdict(counts)}
         for role in ROLES:
-            lengths = np.array(self._lengths[role], _LENGTH)
+            lengths, masks = np.array(self._lengths[role], _LENGTH), self._spans[role]
             if role in orders:
                 self._reorder(role, lengths, orders[role])
-                lengths = lengths[orders[role]]
+                lengths, masks = lengths[orders[role]], [masks[i] for i in orders[role]]
             self._files[f"{role}.lengths"].write(lengths)
-            record[role] = {"tokens": int(lengths.sum(dtype=np.int64)), "docs": len(lengths), "bytes": self._bytes[role]}
+            n_spans = self._write_spans(role, masks, lengths)
+            record[role] = {"tokens": int(lengths.sum(dtype=np.int64)), "docs": len(lengths), "bytes": self._bytes[role], "spans": n_spans}
         self._records.append(record)
         self._begin()
+
+    def _write_spans(self, role: str, masks: list[Spans], lengths: np.ndarray) -> int | None:
+        """How many spans the unit has; None when all of it carries loss."""
+        if all(spans is None for spans in masks):
+            return None
+        spans = joined(zip(masks, lengths.tolist(), strict=True))
+        self._files[f"{role}.spans"].write(spans.astype(_SPAN))
+        return len(spans)
 
     def _reorder(self, role: str, lengths: np.ndarray, order: np.ndarray) -> None:
         if not len(lengths):
@@ -159,8 +180,8 @@ def read_part(folder: Path, task: Task) -> Iterator[PartUnit]:
     records = _record(folder, task)["units"]
     if len(records) != len(task.units):
         raise ShardError(f"{folder / task.key}.json: speaks of {len(records)} units, the task has {len(task.units)}. Delete {folder} and run again.")
-    at, first_digest = dict.fromkeys(ROLES, (0, 0)), 0
+    at, first_digest = dict.fromkeys(ROLES, (0, 0, 0)), 0
     for unit, record in zip(task.units, records, strict=True):
         yield PartUnit(unit, record, folder / task.key, at, first_digest)
-        at = {role: (at[role][0] + record[role]["tokens"], at[role][1] + record[role]["docs"]) for role in ROLES}
+        at = {role: tuple(n + (record[role][what] or 0) for n, what in zip(at[role], ("tokens", "docs", "spans"), strict=True)) for role in ROLES}
         first_digest += record["docs"]

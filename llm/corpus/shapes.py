@@ -178,6 +178,7 @@ SHAPES = {
     "text": Shape("text", lambda f: any(isinstance(f.get(n), (str, bytes)) for n in _FIRST_FIELDS["text"]), text_of),
     "script": Shape("dialogues, a line for each turn", has("Best Generated Conversation"), _script),
 }
+TEXT_SHAPES = ("dictionary", "text")  # all others give conversations
 
 
 def shape_for(fields: dict) -> str | None:

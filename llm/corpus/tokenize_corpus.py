@@ -17,12 +17,13 @@ import llm
 from llm.corpus.assemble import ShardWriter, distinct_units, identify
 from llm.corpus.documents import Counts
 from llm.corpus.emit_jsonl import emit_jsonl
-from llm.corpus.encode import FAST, REFERENCE, Job
-from llm.corpus.formats import tell_formats
+from llm.corpus.encode import FAST, REFERENCE, Job, check_template
+from llm.corpus.formats import shape_of, tell_formats
 from llm.corpus.options import ReadOptions
 from llm.corpus.parts import ROLES, PartUnit, read_part
-from llm.corpus.plan import find_sources, plan_tasks, plan_units
+from llm.corpus.plan import Source, find_sources, plan_tasks, plan_units
 from llm.corpus.pool import encode_all
+from llm.corpus.shapes import TEXT_SHAPES
 from llm.corpus.tokenizer_use import note_use
 from llm.corpus.unpack import unpacked
 from llm.data.manifest import FILE_NAME, Manifest, load_manifest, write_manifest
@@ -83,10 +84,10 @@ def tokenize_corpus(request: Request) -> Report:
     sources = find_sources(request.inputs, request.options)
     tell_formats([source.path for source in sources], request.options)
     tokenizer = load_tokenizer(request.tokenizer_path, request.tokenizer_kind)
-    info = tokenizer_info(tokenizer)
-    _existing(request, info)  # refuses before anything is written
+    info, template = tokenizer_info(tokenizer), _template(sources, request, tokenizer)
+    _existing(request, info, template)  # refuses before anything is written
     with _work_folder(request.out) as work:
-        manifest = _existing(request, info)  # again, now that nobody else can change it
+        manifest = _existing(request, info, template)  # again, now that nobody else can change it
         job = _job(request, info, manifest, work)
         timestamp = _timestamp(work, manifest)
         sources = unpacked(sources, work, request.options)
@@ -101,9 +102,9 @@ def tokenize_corpus(request: Request) -> Report:
         _check_amount(distinct, manifest)
 
         note_use(Path(request.tokenizer_path), request.out)
-        shards = _shard_writer(request, info, timestamp).publish(distinct)
+        shards = _shard_writer(request, info, template, timestamp).publish(distinct)
         entries = [source.to_json(unit_bytes[source.source.path]) for source in read_sources]
-        write_manifest(request.out, sources=entries, shards=shards, tokenizer=info, seq_len=request.seq_len)
+        write_manifest(request.out, sources=entries, shards=shards, tokenizer=info, seq_len=request.seq_len, template=template)
         if request.emit_jsonl:
             emit_jsonl(request.out)
         shutil.rmtree(work)
@@ -134,8 +135,16 @@ def _work_folder(out: Path) -> Iterator[Path]:
             raise
 
 
-def _existing(request: Request, info: dict) -> Manifest | None:
-    """The manifest that is there, if any; refuses to mix tokenizers or lengths."""
+def _template(sources: list[Source], request: Request, tokenizer: Tokenizer) -> dict | None:
+    """The chat template if there are conversations among the sources. Raises UserError when it does not fit the tokenizer."""
+    if all(shape_of(source.path, request.options) in TEXT_SHAPES for source in sources):
+        return None
+    check_template(request.options.template, tokenizer)
+    return request.options.template.to_json()
+
+
+def _existing(request: Request, info: dict, template: dict | None) -> Manifest | None:
+    """The manifest that is there, if any; refuses to mix tokenizers, lengths or templates."""
     out = request.out
     if not (out / FILE_NAME).exists():
         return None
@@ -149,6 +158,12 @@ def _existing(request: Request, info: dict) -> Manifest | None:
     if manifest.seq_len != request.seq_len:
         raise UserError(
             f"{out}: was made for seq_len {manifest.seq_len}, not {request.seq_len}. Give --seq-len {manifest.seq_len}, or another --out."
+        )
+    if template and not manifest.takes(template):
+        theirs, ours = (f"{t['name']} ({t['turn']!r})" for t in (manifest.template, template))
+        raise UserError(
+            f"{out}: its conversations were written with the template {theirs}, these would be with {ours}, and a model would meet two forms "
+            f"of one thing. Give the first one with --template (ChatML: leave it out), or another --out."
         )
     return manifest
 
@@ -230,8 +245,8 @@ def _check_amount(units: list[PartUnit], manifest: Manifest | None) -> None:
         )
 
 
-def _shard_writer(request: Request, info: dict, timestamp: str) -> ShardWriter:
-    program = f"tally-llm {llm.__version__}"
+def _shard_writer(request: Request, info: dict, template: dict | None, timestamp: str) -> ShardWriter:
+    writer = {"program": f"tally-llm {llm.__version__}", "val_ratio": request.val_ratio, "shuffle_seed": request.shuffle_seed}
     return ShardWriter(
         folder=request.out,
         name=request.out.resolve().name,
@@ -239,5 +254,5 @@ def _shard_writer(request: Request, info: dict, timestamp: str) -> ShardWriter:
         shard_tokens=request.shard_tokens,
         tokenizer=info,
         seq_len=request.seq_len,
-        writer={"program": program, "val_ratio": request.val_ratio, "shuffle_seed": request.shuffle_seed},
+        writer=writer | {"template": template} if template else writer,
     )

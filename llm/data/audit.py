@@ -6,6 +6,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from .ledger import Ledger
+from .packing import bins_of
 from .phase import COUNT_DRAWS, Phase, Share
 from .shards import Shard
 
@@ -91,7 +92,9 @@ class _Targets:
         self.phase = phase
         self.last = np.array([s.n_tokens - 1 - (s.n_samples - 1) * phase.seq_len for s in phase.shards], np.int64)
         at_hand = {index: shards.get(s.shard_id) for index, s in enumerate(phase.shards)}
-        self.masked = {index: _masked_targets(shard, phase.seq_len) for index, shard in at_hand.items() if shard and "mask" in shard.meta.files}
+        self.masked = {
+            index: _masked_targets(shard, phase) for index, shard in at_hand.items() if shard and ("mask" in shard.meta.files or phase.document_mask)
+        }
 
     def shard_index(self, samples: np.ndarray) -> np.ndarray:
         return np.searchsorted(self.phase.shard_ends, samples, side="right")
@@ -106,10 +109,16 @@ class _Targets:
         return targets
 
 
-def _masked_targets(shard: Shard, seq_len: int) -> np.ndarray:
-    """Counted targets of each window of a shard whose mask lets only some tokens carry loss."""
-    counted = shard.loss_mask(1, shard.meta.n_tokens)
-    return np.add.reduceat(counted, np.arange(0, len(counted), seq_len), dtype=np.int64)
+def _masked_targets(shard: Shard, phase: Phase) -> np.ndarray:
+    """Counted targets of each sample of a shard of which only some tokens carry loss, or whose documents are apart."""
+    counted = shard.loss_mask(0, shard.meta.n_tokens)
+    counted = np.ones(shard.meta.n_tokens, bool) if counted is None else counted
+    if phase.document_mask:
+        counted[shard.doc_ends[:-1].astype(np.int64)] = False
+    if phase.packing:
+        bins, before = bins_of(shard, phase.seq_len), np.r_[0, np.cumsum(counted, dtype=np.int64)]
+        return np.add.reduceat(before[bins.stops] - before[bins.starts + 1], bins.first[:-1])
+    return np.add.reduceat(counted[1:], np.arange(0, len(counted) - 1, phase.seq_len), dtype=np.int64)
 
 
 def step_problems(ledger: Ledger, step: int) -> list[str]:

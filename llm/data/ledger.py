@@ -8,8 +8,9 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from llm.log import UserError
 
+from .packing import BESTFIT
 from .permutation import ALGORITHM
-from .phase import Phase, Skipped, count_samples
+from .phase import Phase, Skipped, count_windows
 from .shards import Shard
 
 VERSION = 2
@@ -93,6 +94,8 @@ def _check(phase: Phase) -> None:
     where = f"ledger: phase {phase.name}"
     if phase.algorithm != ALGORITHM:
         raise LedgerError(f"{where}: ordered by {phase.algorithm}, this program has {ALGORITHM}. Use the one that wrote it.")
+    if phase.packing not in (None, BESTFIT) or (phase.packing and not phase.document_mask):
+        raise LedgerError(f"{where}: packed by {phase.packing}, this program has {BESTFIT} with a document mask. Use the one that wrote it.")
     ids = [shard.shard_id for shard in phase.shards]
     ends = list(accumulate(share.n_shards for share in phase.shares))
     if not ids or not ends or ends[-1] != len(ids) or all(share.is_replay for share in phase.shares):
@@ -101,7 +104,7 @@ def _check(phase: Phase) -> None:
     if len(set(ids)) < len(ids) or any(part != sorted(part) for part in by_share):
         raise LedgerError(f"{where}: its shards must be sorted by shard_id, each there once. {_REMEDY}")
     for shard in phase.shards:
-        if shard.n_samples != count_samples(shard.n_tokens, phase.seq_len):
+        if not (shard.n_samples <= shard.n_tokens if phase.packing else shard.n_samples == count_windows(shard.n_tokens, phase.seq_len)):
             raise LedgerError(f"{where}: shard {shard.name} of {shard.n_tokens:,} tokens cannot have {shard.n_samples:,} samples "
                               f"of {phase.seq_len}. {_REMEDY}")
     if phase.consumed > phase.total:

@@ -30,6 +30,13 @@ class Manifest:
     """shard_id, path of the meta relative to the folder, role, n_tokens, n_bytes, dtype, unit_ids of each, in order of writing"""
     tokenizer: dict
     seq_len: int
+    template: dict | None = None
+    """The chat template that conversations were written with; None where there are none."""
+
+    def takes(self, template: dict | None) -> bool:
+        """Whether conversations written with this template may stand beside those that are there; its name does not matter."""
+        forms = [{key: value for key, value in t.items() if key != "name"} for t in (self.template, template) if t]
+        return len(forms) < 2 or forms[0] == forms[1]
 
     @property
     def manifest_id(self) -> str:
@@ -43,11 +50,11 @@ def load_manifest(folder: Path | str) -> Manifest:
         raise ShardError(f"{path}: missing: {folder} is not a dataset folder, or its tokenizing was cut off. "
                          f"Run the tokenizing (again): finished work is kept.")
     record = read_record(path, FORMAT, VERSION, "Delete it and run the tokenizing again: finished shards are kept.")
-    return Manifest(record["sources"], record["shards"], record["tokenizer"], record["seq_len"])
+    return Manifest(record["sources"], record["shards"], record["tokenizer"], record["seq_len"], record.get("template"))
 
 
 def write_manifest(
-    folder: Path | str, *, sources: list[dict], shards: list[ShardMeta], tokenizer: dict, seq_len: int
+    folder: Path | str, *, sources: list[dict], shards: list[ShardMeta], tokenizer: dict, seq_len: int, template: dict | None = None
 ) -> Manifest:
     """Publish manifest.json with these sources and shards added to those it has: nothing is ever taken out."""
     folder = Path(folder)
@@ -57,11 +64,14 @@ def write_manifest(
         if theirs != ours:
             raise ShardError(f"{folder / FILE_NAME}: made with tokenizer {theirs[0][:16]} for seq_len {theirs[1]}, "
                              f"these shards with {ours[0][:16]} for {ours[1]}. Write them to another folder.")
+        if not old.takes(template):
+            raise ShardError(f"{folder / FILE_NAME}: its conversations were written with template {old.template['name']}, these with "
+                             f"{template['name']}. Write them to another folder.")
     else:
         old = Manifest([], [], tokenizer, seq_len)
     known = {shard["shard_id"] for shard in old.shards}
     added = [_entry(meta, folder) for meta in shards if meta.shard_id not in known]
-    manifest = Manifest(_merged_sources(old.sources, sources), old.shards + added, tokenizer, seq_len)
+    manifest = Manifest(_merged_sources(old.sources, sources), old.shards + added, tokenizer, seq_len, old.template or template)
     fields = {"format": FORMAT, "version": VERSION, "manifest_id": manifest.manifest_id, **asdict(manifest)}
     write_record(folder / FILE_NAME, fields)
     return manifest

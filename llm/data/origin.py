@@ -4,6 +4,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from .packing import bins_of
 from .phase import Phase, PhaseShard
 from .shards import Shard
 
@@ -13,9 +14,8 @@ class Origin:
     """The text of one sample."""
 
     shard: PhaseShard
-    start: int
-    """The sample's tokens in its shard: [start, stop)."""
-    stop: int
+    pieces: list[tuple[int, int]]
+    """The sample's tokens in its shard: [start, stop) of each piece; empty for a packed sample when the shard's files are not at hand."""
     documents: list[tuple[str, int]]
     """(source file, document in it as far as this shard holds it, from 0) in order; empty when the shard's files are not at hand."""
 
@@ -28,10 +28,13 @@ def origins(phase: Phase, start: int, stop: int, shards: dict[str, Shard]) -> li
 def _origin(phase: Phase, sample: int, shards: dict[str, Shard]) -> Origin:
     index = int(np.searchsorted(phase.shard_ends, sample, side="right"))
     shard = phase.shards[index]
-    start = (sample - int(phase.shard_ends[index]) + shard.n_samples) * phase.seq_len
-    stop = min(start + phase.seq_len + 1, shard.n_tokens)
-    here = shards.get(shard.shard_id)
-    return Origin(shard, start, stop, _documents(here, start, stop) if here else [])
+    number, here = sample - int(phase.shard_ends[index]) + shard.n_samples, shards.get(shard.shard_id)
+    if here and phase.packing:
+        pieces = bins_of(here, phase.seq_len).pieces(number)
+    else:
+        start = number * phase.seq_len
+        pieces = [] if phase.packing else [(start, min(start + phase.seq_len + 1, shard.n_tokens))]
+    return Origin(shard, pieces, [document for piece in pieces for document in _documents(here, *piece)] if here else [])
 
 
 def _documents(shard: Shard, start: int, stop: int) -> list[tuple[str, int]]:

@@ -11,6 +11,7 @@ from functools import cached_property
 import numpy as np
 from pydantic import ConfigDict, NonNegativeInt, PositiveInt
 
+from .packing import bins_of
 from .permutation import ALGORITHM, Permutation
 from .record import sha256_of
 from .shards import Shard
@@ -19,9 +20,14 @@ COUNT_DRAWS = 1 << 20
 _STRICT = ConfigDict(extra="forbid")
 
 
-def count_samples(n_tokens: int, seq_len: int) -> int:
+def count_windows(n_tokens: int, seq_len: int) -> int:
     """Windows of seq_len + 1 tokens, seq_len apart, the last one padded: each token but the first is a target exactly once."""
     return -(-(n_tokens - 1) // seq_len)
+
+
+def count_samples(shard: Shard, seq_len: int, packing: str | None) -> int:
+    """Windows of a shard, or bins when it is packed."""
+    return len(bins_of(shard, seq_len)) if packing else count_windows(shard.meta.n_tokens, seq_len)
 
 
 @dataclass(frozen=True)
@@ -91,25 +97,33 @@ class Phase:
     """The name that the run's config has for these data."""
     skipped: tuple[Skipped, ...]
     """In order of steps."""
+    document_mask: bool = False
+    """Whether the documents in a sample are kept apart."""
+    packing: str | None = None
+    """BESTFIT: a sample is a bin of documents. None: a window of the text as it runs."""
     __pydantic_config__ = _STRICT
 
     @classmethod
-    def plan(cls, name: str, seed: int, epochs: int, seq_len: int, shards: list[Shard], dataset: str = "") -> "Phase":
+    def plan(cls, name: str, seed: int, epochs: int, seq_len: int, shards: list[Shard], dataset: str = "", **cut) -> "Phase":
         """A phase over these shards, all alike, with nothing consumed."""
-        return cls.mix(name, seed, epochs, seq_len, [Portion(dataset, 1, shards)], dataset)
+        return cls.mix(name, seed, epochs, seq_len, [Portion(dataset, 1, shards)], dataset, **cut)
 
     @classmethod
-    def mix(cls, name: str, seed: int, epochs: int, seq_len: int, portions: list[Portion], dataset: str = "") -> "Phase":
+    def mix(
+        cls, name: str, seed: int, epochs: int, seq_len: int, portions: list[Portion], dataset: str = "",
+        document_mask: bool = False, packing: str | None = None,
+    ) -> "Phase":  # fmt: skip
         """A phase that draws from several sets of shards at rates of their own, with nothing consumed."""
         assert portions and all(p.shards for p in portions) and not all(p.is_replay for p in portions), "a phase without shards has no end"
         rows = []
         for portion in portions:
-            metas = sorted((shard.meta for shard in portion.shards), key=lambda meta: meta.shard_id)
-            assert all(meta.role == "train" for meta in metas), "validation data is never offered"
-            rows += [PhaseShard(m.shard_id, m.name, m.n_tokens, count_samples(m.n_tokens, seq_len), tuple(m.unit_ids)) for m in metas]
+            for shard in sorted(portion.shards, key=lambda shard: shard.meta.shard_id):
+                meta, n_samples = shard.meta, count_samples(shard, seq_len, packing)
+                assert meta.role == "train", "validation data is never offered"
+                rows.append(PhaseShard(meta.shard_id, meta.name, meta.n_tokens, n_samples, tuple(meta.unit_ids)))
         assert len({row.shard_id for row in rows}) == len(rows), "find_shards gives each shard once"
         shares = tuple(Share(p.name, p.weight, len(p.shards), p.is_replay) for p in portions)
-        return cls(name, seed, epochs, seq_len, tuple(rows), shares, 0, ALGORITHM, None, None, dataset, ())
+        return cls(name, seed, epochs, seq_len, tuple(rows), shares, 0, ALGORITHM, None, None, dataset, (), document_mask, packing)
 
     def plan_id(self) -> str:
         """The same as long as the order and the samples are."""
@@ -145,6 +159,11 @@ class Phase:
         """How many epochs are over after so many draws: what the slowest share has, replayed ones left out."""
         shares = zip(self.shares, self.share_bounds, self.share_counts(draws).tolist(), strict=True)
         return min(drawn // (stop - start) for share, (start, stop), drawn in shares if not share.is_replay)
+
+    @property
+    def padding(self) -> float:
+        """Share of the rows' tokens that no text fills; where long documents are packed in pieces, at most so much."""
+        return 1 - sum(shard.n_tokens for shard in self.shards) / max(1, self.samples * (self.seq_len + 1))
 
     @property
     def is_done(self) -> bool:

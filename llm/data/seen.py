@@ -10,11 +10,11 @@ from .phase import Phase
 
 def seen_by_unit(ledger: Ledger) -> dict[str, float]:
     """For each unit that a phase holds, the fraction of its shard's samples that were trained on at least once."""
-    masks: dict[tuple[str, int], np.ndarray] = {}
-    units: dict[tuple[str, int], tuple[str, ...]] = {}
+    masks: dict[tuple, np.ndarray] = {}
+    units: dict[tuple, tuple[str, ...]] = {}
     for phase in ledger.phases:
         for index, shard in enumerate(phase.shards):
-            key = (shard.shard_id, phase.seq_len)
+            key = (shard.shard_id, phase.seq_len, phase.packing)
             masks[key] = masks.get(key, False) | phase.seen_samples(index)
             units[key] = shard.unit_ids
     fractions: dict[str, float] = {}

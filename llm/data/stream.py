@@ -23,6 +23,7 @@ class Batch:
     targets_BT: torch.Tensor
     """int64: the next token, or -100 where it does not count."""
     doc_ids_BT: torch.Tensor | None
+    """int64: tokens see only those of the same row and number; None: all of the row."""
     samples: np.ndarray
     """int64[B]: the draw that each row is; -1 for a row of padding."""
 
@@ -44,15 +45,19 @@ def micro_batches(sampler: Sampler, g: int, batch_rows: int, rank: int, world_si
     assert rest == 0 and n_micro_batches > 0, f"{batch_rows} rows cannot be dealt to {world_size} ranks by {rows}"
     assert 0 <= g < sampler.phase.total, (g, sampler.phase.total)
     draws = deal(g, min(g + batch_rows, sampler.phase.total), rank, world_size, rows, n_micro_batches)
-    ids, counted = sampler.rows(draws.ravel())
-    return [_batch(ids[at : at + rows], counted[at : at + rows], draws[at // rows]) for at in range(0, len(ids), rows)]
+    numbers = sampler.numbers(draws.ravel())
+    ids, counted = sampler.windows.rows(numbers)
+    doc_ids = sampler.windows.doc_ids(numbers)
+    cuts = [slice(at, at + rows) for at in range(0, len(ids), rows)]
+    return [_batch(ids[cut], counted[cut], None if doc_ids is None else doc_ids[cut], draws[m]) for m, cut in enumerate(cuts)]
 
 
-def _batch(ids: np.ndarray, counted: np.ndarray, samples: np.ndarray) -> Batch:
+def _batch(ids: np.ndarray, counted: np.ndarray, doc_ids: np.ndarray | None, samples: np.ndarray) -> Batch:
     targets = ids[:, 1:].copy()
     if not counted.all():
         targets[~counted] = NOT_COUNTED
-    return Batch(torch.from_numpy(np.ascontiguousarray(ids[:, :-1])), torch.from_numpy(targets), None, samples)
+    documents = None if doc_ids is None else torch.from_numpy(doc_ids)
+    return Batch(torch.from_numpy(np.ascontiguousarray(ids[:, :-1])), torch.from_numpy(targets), documents, samples)
 
 
 class Stream:
@@ -84,18 +89,19 @@ class Stream:
 
 
 def eval_batches(
-    shards: list[Shard], seq_len: int, rows: int, rank: int, world_size: int, max_rows: int | None = None
-) -> Iterator[Batch]:
+    shards: list[Shard], seq_len: int, rows: int, rank: int, world_size: int, max_rows: int | None = None,
+    document_mask: bool = False, packing: str | None = None,
+) -> Iterator[Batch]:  # fmt: skip
     """Unshuffled windows of the shards, dealt over the ranks, as many batches on each; the same ones every time.
 
     With `max_rows`, that many windows spread evenly over all. Whole windows and tails alike; rows past the end are padding.
     """
-    windows = Windows(sorted(shards, key=lambda shard: shard.meta.shard_id), seq_len)
+    windows = Windows(sorted(shards, key=lambda shard: shard.meta.shard_id), seq_len, document_mask, packing)
     n_rows = min(len(windows), max_rows or len(windows))
     n_batches = -(-n_rows // (rows * world_size))
     for places in deal(0, n_rows, rank, world_size, rows, n_batches):
         samples = np.where(places >= 0, places * len(windows) // n_rows, -1)
-        yield _batch(*windows.rows(samples), samples)
+        yield _batch(*windows.rows(samples), windows.doc_ids(samples), samples)
 
 
 def count_targets(batches: list[Batch]) -> int:

@@ -22,7 +22,7 @@ from llm.data.stream import Batch
 from llm.dist import World
 from llm.engine.ds_config import ds_config_path, load_ds_config
 from llm.engine.optimizer import adam_step, build_adamw, create_moments, set_adam_step, set_lr
-from llm.engine.protocol import EngineError, ForwardClock, Reader, Update, count_targets, global_sums, named_shapes
+from llm.engine.protocol import EngineError, ForwardClock, Reader, Update, count_targets, global_sums, model_inputs, named_shapes
 
 TESTED = "0.19"
 
@@ -66,8 +66,7 @@ class DeepSpeedEngine:
             self.zero.averaged_gradients[0][0].fill_(math.nan)
 
     def _loss(self, batch: Batch) -> torch.Tensor:
-        device = self.world.device
-        return self.engine(batch.tokens_BT.to(device, non_blocking=True), batch.targets_BT.to(device, non_blocking=True))
+        return self.engine(**model_inputs(batch, self.world.device))
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, int]:

@@ -101,6 +101,12 @@ def autocast(precision: str, device: str) -> AbstractContextManager:
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
 
+def model_inputs(batch: Batch, device: str) -> dict[str, torch.Tensor]:
+    """A batch as the model's keyword arguments, on the device."""
+    given = {"tokens_BT": batch.tokens_BT, "targets_BT": batch.targets_BT, "doc_ids_BT": batch.doc_ids_BT}
+    return {name: tensor.to(device, non_blocking=True) for name, tensor in given.items() if tensor is not None}
+
+
 def count_targets(batch: Batch) -> int:
     return int((batch.targets_BT != -100).sum())
 

@@ -13,7 +13,7 @@ from llm.config import RunConfig
 from llm.data.stream import Batch
 from llm.dist import World
 from llm.engine.optimizer import adam_step, build_adamw, create_moments, set_adam_step, set_lr
-from llm.engine.protocol import ForwardClock, Reader, Update, autocast, count_targets, global_sums, named_shapes
+from llm.engine.protocol import ForwardClock, Reader, Update, autocast, count_targets, global_sums, model_inputs, named_shapes
 
 
 class TorchEngine:
@@ -57,9 +57,8 @@ class TorchEngine:
         return Update(loss, grad_norm.item(), applied=True)
 
     def _loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
-        tokens_BT, targets_BT = (t.to(self.world.device, non_blocking=True) for t in (batch.tokens_BT, batch.targets_BT))
         with autocast(self.precision, self.world.device):
-            return model(tokens_BT, targets_BT)
+            return model(**model_inputs(batch, self.world.device))
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, int]:

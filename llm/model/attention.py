@@ -12,15 +12,17 @@ from llm.config import ModelConfig
 from llm.model.layers import Linear, RMSNorm, rotate
 
 
-def sdpa_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> Tensor:
-    """torch's fused kernels. The T queries are the last T of the S positions."""
+def sdpa_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
+    """torch's fused kernels. The T queries are the last T of the S positions. `mask_B1TS`: where they may look, if not at all up to them."""
     T, S = q_BHTK.shape[2], k_BGSK.shape[2]
-    mask_TS = None if T in (1, S) else causal_mask(T, S, q_BHTK.device)  # is_causal lines up with the first key, not the last
+    is_causal = mask_B1TS is None and T == S
+    if mask_B1TS is None and T not in (1, S):
+        mask_B1TS = causal_mask(T, S, q_BHTK.device)  # is_causal lines up with the first key, not the last
     grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
-    return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, mask_TS, is_causal=T == S, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, mask_B1TS, is_causal=is_causal, enable_gqa=grouped)
 
 
-def eager_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> Tensor:
+def eager_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
     """The same by definition, with softmax in fp32: the reference that the others are tested against.
 
     On a CPU in bf16 it beats the fused kernels up to some 512 tokens a row (torch 2.13, AVX512); its scores are rounded to bf16.
@@ -29,13 +31,29 @@ def eager_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor) -> Tensor:
     G, S = k_BGSK.shape[1:3]
     k_BHSK, v_BHSK = (x.repeat_interleave(H // G, dim=1) for x in (k_BGSK, v_BGSK))
     scores_BHTS = (q_BHTK * K**-0.5) @ k_BHSK.transpose(2, 3)
-    scores_BHTS = scores_BHTS.masked_fill(~causal_mask(T, S, q_BHTK.device), float("-inf"))
+    mask = causal_mask(T, S, q_BHTK.device) if mask_B1TS is None else mask_B1TS
+    scores_BHTS = scores_BHTS.masked_fill(~mask, float("-inf"))
     return scores_BHTS.softmax(dim=-1, dtype=torch.float32).to(v_BHSK.dtype) @ v_BHSK
 
 
 def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
     """True where query t, at position S - T + t, may look."""
     return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+
+
+def document_mask(doc_ids_BT: Tensor) -> Tensor:
+    """[B, 1, T, T], True where query and key are of one document and the key is not later."""
+    is_same_BTT = doc_ids_BT[:, :, None] == doc_ids_BT[:, None, :]
+    T = doc_ids_BT.shape[1]
+    return (is_same_BTT & causal_mask(T, T, doc_ids_BT.device))[:, None]
+
+
+def positions_in_documents(doc_ids_BT: Tensor) -> Tensor:
+    """int64[B, T]: each token's place in its document, from 0 where the document, or the row, begins."""
+    place_T = torch.arange(doc_ids_BT.shape[1], device=doc_ids_BT.device)
+    is_first_BT = torch.ones_like(doc_ids_BT, dtype=torch.bool)
+    is_first_BT[:, 1:] = doc_ids_BT[:, 1:] != doc_ids_BT[:, :-1]
+    return place_T - torch.where(is_first_BT, place_T, 0).cummax(dim=1).values
 
 
 ATTENTION = {"sdpa": sdpa_attention, "eager": eager_attention}
@@ -52,8 +70,10 @@ class Attention(nn.Module):
         self.k_norm = RMSNorm(cfg.d_head, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.out = Linear(cfg.n_heads * cfg.d_head, cfg.d_model, bias=cfg.bias)
 
-    def forward(self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, remember: Callable | None) -> Tensor:
-        """rope: tables for these T positions. remember: appends k and v to a cache and gives back all that it holds."""
+    def forward(
+        self, x_BTD: Tensor, rope: tuple[Tensor, Tensor] | None, remember: Callable | None, mask_B1TT: Tensor | None = None
+    ) -> Tensor:
+        """rope: tables for these T positions. remember: appends k and v to a cache and gives back all that it holds. mask: of documents."""
         B, T = x_BTD.shape[:2]
         q_BTHK, k_BTGK, v_BTGK = self.qkv(x_BTD).view(B, T, -1, self.d_head).split(self.heads, dim=2)
         q_BTHK, k_BTGK = self.q_norm(q_BTHK), self.k_norm(k_BTGK)
@@ -62,5 +82,5 @@ class Attention(nn.Module):
         q_BHTK, k_BGSK, v_BGSK = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
         if remember is not None:
             k_BGSK, v_BGSK = remember(k_BGSK, v_BGSK)
-        y_BHTK = self.attend(q_BHTK, k_BGSK, v_BGSK)
+        y_BHTK = self.attend(q_BHTK, k_BGSK, v_BGSK, mask_B1TT)
         return self.out(y_BHTK.transpose(1, 2).reshape(B, T, -1))

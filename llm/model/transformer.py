@@ -8,7 +8,7 @@ import torch
 from torch import Tensor, nn
 
 from llm.config import ModelConfig
-from llm.model.attention import Attention
+from llm.model.attention import Attention, document_mask, positions_in_documents
 from llm.model.kv_cache import KVCache
 from llm.model.layers import MLP, Embedding, Linear, make_norm, rope_tables
 from llm.model.loss import cross_entropy_sum
@@ -24,8 +24,10 @@ class Block(nn.Module):
         self.mlp_norm = make_norm(cfg)
         self.mlp = MLP[cfg.mlp](cfg)
 
-    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, remember: Callable | None = None) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rope, remember)
+    def forward(
+        self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, remember: Callable | None = None, mask: Tensor | None = None
+    ) -> Tensor:
+        x = x + self.attn(self.attn_norm(x), rope, remember, mask)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -50,25 +52,33 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
         self.loss = cross_entropy_sum  # here for the engine to compile: it pays, and holds no weights that ZeRO would have to gather
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """With targets the fp32 sum of cross-entropy over those that are not -100, else logits_BTV."""
-        logits_BTV = self.head(self.hidden(tokens_BT, cache))
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: KVCache | None = None, doc_ids_BT: Tensor | None = None
+    ) -> Tensor:
+        """With targets the fp32 sum of cross-entropy over those that are not -100, else logits_BTV.
+
+        With doc_ids, tokens see only those of their own document, and positions begin with it.
+        """
+        logits_BTV = self.head(self.hidden(tokens_BT, cache, doc_ids_BT))
         if targets_BT is None:
             return logits_BTV
         return self.loss(logits_BTV.flatten(0, 1), targets_BT.flatten())
 
-    def hidden(self, tokens_BT: Tensor, cache: KVCache | None = None) -> Tensor:
+    def hidden(self, tokens_BT: Tensor, cache: KVCache | None = None, doc_ids_BT: Tensor | None = None) -> Tensor:
         """What the head reads, [B, T, D]. With a cache the tokens follow those it holds, and are added to it."""
+        assert cache is None or doc_ids_BT is None, "a cache holds one document"
         start = cache.length if cache else 0
         stop = start + tokens_BT.shape[1]
         assert stop <= self.cfg.seq_len, (stop, self.cfg.seq_len)
-        x_BTD, rope = self.embed(tokens_BT), None
+        x_BTD, rope, mask, places = self.embed(tokens_BT), None, None, slice(start, stop)
+        if doc_ids_BT is not None:
+            places, mask = positions_in_documents(doc_ids_BT), document_mask(doc_ids_BT)
         if self.cfg.positions == "learned":
-            x_BTD = x_BTD + self.positions(torch.arange(start, stop, device=tokens_BT.device))
+            x_BTD = x_BTD + self.positions(torch.arange(self.cfg.seq_len, device=tokens_BT.device)[places])
         else:
-            rope = self.cos[start:stop], self.sin[start:stop]
+            rope = self.cos[places], self.sin[places]
         for layer, block in enumerate(self.blocks):
-            x_BTD = block(x_BTD, rope, cache.layer(layer) if cache else None)
+            x_BTD = block(x_BTD, rope, cache.layer(layer) if cache else None, mask)
         if cache:
             cache.length = stop
         return self.norm(x_BTD)

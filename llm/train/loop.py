@@ -1,5 +1,6 @@
 """The training loop: one step is agreed, taken, booked; everything a reader needs to follow it is on this page."""
 
+import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -10,7 +11,7 @@ from llm.config import BatchPlan, RunConfig, interval_steps
 from llm.data.ledger import Ledger
 from llm.data.stream import Stream, chain, count_targets, step_digest
 from llm.dist import World
-from llm.engine.protocol import Engine
+from llm.engine.protocol import Engine, Update
 from llm.log import UserError, log
 from llm.train.budget import Sitting, horizon
 from llm.train.exits import NeedsAPerson
@@ -26,6 +27,7 @@ if TYPE_CHECKING:
 
 REFUSED_IN_A_ROW = 3
 FAILED_SAVES_IN_A_ROW = 3
+NO_TARGETS = "no token of its rows carries loss"
 
 _ADVICE_ON_REFUSALS = (
     "Lower train.lr (with --accept-change train.lr), or look at the data of these steps: tools/ledger.py skipped names what was skipped "
@@ -74,7 +76,7 @@ def train_phase(
     over = horizon(cfg, phase, plan.global_rows, at.step)
     save_every, eval_every = (interval_steps(i, over.length) for i in (cfg.checkpoint.save_every, cfg.train.eval_every))
     saved_step, failed_saves, why = at.step, 0, None
-    refused = refused_in_a_row([s.step for s in phase.skipped], at.step)
+    refused = refused_in_a_row([s.step for s in phase.skipped if s.reason != NO_TARGETS], at.step)
     if not phase.consumed:
         at.recent.clear()  # what was usual for other data says nothing about these
     guard = SpikeGuard(cfg.train.spike_sigma, cfg.train.spike_window, at.recent)
@@ -123,10 +125,12 @@ def train_phase(
         if stops or problems:
             break
 
-        update = engine.train_step(batches, n_targets, lr_at(cfg.train, over, at.step), lambda loss: guard.why_not(loss) is None)
-
-        why = None if update.applied else guard.why_not(update.loss) or "a gradient was not finite on some rank (limit: any finite number)"
-        refused = refused + 1 if why else 0
+        if n_targets:
+            update = engine.train_step(batches, n_targets, lr_at(cfg.train, over, at.step), lambda loss: guard.why_not(loss) is None)
+            why = None if update.applied else guard.why_not(update.loss) or "a gradient was not finite on some rank (limit: any finite number)"
+            refused = refused + 1 if why else 0
+        else:  # a step of somebody's questions alone, where rows are few and short
+            update, why = Update(math.nan, math.nan, applied=False), NO_TARGETS
         if why:
             tell = log.error if world.rank == 0 else log.debug  # all know the same
             tell(f"step {at.step + 1:,}: {why}, so the update was not applied on any rank; its samples are noted as skipped.")

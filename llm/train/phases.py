@@ -5,6 +5,7 @@ from dataclasses import dataclass, replace
 
 from llm.config import ConfigError, RunConfig
 from llm.data.ledger import Ledger, new_shards
+from llm.data.packing import BESTFIT
 from llm.data.phase import Phase, Portion
 from llm.data.shards import Shard
 from llm.train.datasets import pool
@@ -38,7 +39,7 @@ def choose_phase(
     if ledger.open_phase:
         if budget and step >= budget:
             return _budget_spent(budget, ledger.open_phase, global_rows)
-        return _go_on(ledger, chosen, wish)
+        return _go_on(ledger, chosen, wish, cfg)
     fresh = new_shards(ledger, chosen)
     if not ledger.phases or wish.reset_epoch:
         shards = new_shards(Ledger(), chosen)  # each text once, whatever it is called
@@ -50,7 +51,7 @@ def choose_phase(
     if wish.replay:
         portions = _with_replay(portions, [s for s in pool(datasets) if s.meta.shard_id in ledger.shards_held()], wish.replay)
     name = wish.dataset or ", ".join(datasets)
-    phase = Phase.mix(f"p{len(ledger.phases)}", cfg.train.seed, cfg.train.epochs, cfg.model.seq_len, portions, name)
+    phase = Phase.mix(f"p{len(ledger.phases)}", cfg.train.seed, cfg.train.epochs, cfg.model.seq_len, portions, name, **row_cut(cfg))
     if budget and step >= budget:
         needed = step + -(-phase.total // global_rows)
         return (
@@ -85,9 +86,20 @@ def _with_replay(portions: list[Portion], old: list[Shard], part: float) -> list
     return [replace(p, weight=p.weight // common) for p in mixed]
 
 
-def _go_on(ledger: Ledger, chosen: list[Shard], wish: Wish) -> Ledger:
+def row_cut(cfg: RunConfig) -> dict:
+    """How rows are made of documents, as a phase notes it."""
+    return {"document_mask": cfg.data.document_mask, "packing": BESTFIT if cfg.data.packing else None}
+
+
+def _go_on(ledger: Ledger, chosen: list[Shard], wish: Wish, cfg: RunConfig) -> Ledger:
     phase = ledger.open_phase
     done = f"phase {phase.name} ({phase.dataset}) is at {phase.consumed / phase.total:.1%}"
+    if (phase.document_mask, phase.packing) != tuple(row_cut(cfg).values()):
+        packing = "bestfit" if phase.packing else None
+        raise ConfigError(
+            f"data.document_mask is {cfg.data.document_mask} and data.packing {cfg.data.packing}, but {done} and has {phase.document_mask} and "
+            f"{packing}: its samples are cut so. Go back to these until it is finished; the next phase may have others."
+        )
     if wish.reset_epoch:
         raise ConfigError(f"--reset-epoch begins another pass when one is finished, but {done}. Run without it to finish first.")
     if wish.dataset and {s.shard_id for s in phase.shards} != {s.meta.shard_id for s in chosen}:

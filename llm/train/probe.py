@@ -19,6 +19,7 @@ from llm.data.stream import Batch, eval_batches, step_digest
 from llm.dist import World
 from llm.engine import Engine
 from llm.log import log
+from llm.train.phases import row_cut
 
 ROWS = 8
 # Relative to the loss, where topology, precision or machine differ. fp32: other orders of summing move a loss by some 1e-6, and TF32
@@ -92,7 +93,9 @@ def probe_shards(train_shards: list[Shard], ledger: Ledger) -> list[Shard]:
 
 
 def _batches(shards: list[Shard], cfg: RunConfig, plan: BatchPlan, world: World) -> list[Batch]:
-    return list(eval_batches(shards, cfg.model.seq_len, plan.micro_rows, world.rank, world.size, ROWS)) if shards else []
+    if not shards:
+        return []
+    return list(eval_batches(shards, cfg.model.seq_len, plan.micro_rows, world.rank, world.size, ROWS, **row_cut(cfg)))
 
 
 def _place(cfg: RunConfig, plan: BatchPlan, world: World) -> list:

@@ -28,7 +28,7 @@ from llm.train.faults import StopFlag
 from llm.train.keeper import Keeper
 from llm.train.loop import Progress, train_phase
 from llm.train.metrics import Metrics
-from llm.train.phases import Wish, choose_phase
+from llm.train.phases import Wish, choose_phase, row_cut
 from llm.train.probe import ACCEPT, Probe, probe_shards
 from llm.train.start import build_loaded_engine, check_identity, open_source, position
 from llm.train.summary import tell_sitting
@@ -209,7 +209,7 @@ def _validator(
     byte_lengths = token_byte_lengths(tokenizer, cfg.model.vocab_size)
 
     def batches():
-        return eval_batches(val_shards, cfg.model.seq_len, plan.micro_rows, world.rank, world.size, cfg.train.eval_rows)
+        return eval_batches(val_shards, cfg.model.seq_len, plan.micro_rows, world.rank, world.size, cfg.train.eval_rows, **row_cut(cfg))
 
     return lambda: validate(engine, batches, byte_lengths, world)
 
@@ -235,7 +235,8 @@ def _introduce(cfg: RunConfig, plan: BatchPlan, world: World, checkpoint: Checkp
     size = f"{count_params(cfg.model):,} parameters"
     log.info(f"{cfg.checkpoint.run_name} {start} at step {at.step:,}: {size}, {kind}, {engine.precision}, {world.device}")
     log.info(f"batch: {plan}")
+    cut = f" packed ({phase.padding:.1%} padding)" if phase.packing else ""
     log.info(
-        f"phase {phase.name}: {phase.samples:,} samples x {phase.epochs} epochs from {len(phase.shards)} shards, {phase.consumed:,} consumed; "
+        f"phase {phase.name}: {phase.samples:,} samples{cut} x {phase.epochs} epochs from {len(phase.shards)} shards, {phase.consumed:,} consumed; "
         f"the schedule runs to step {horizon(cfg, phase, plan.global_rows, at.step).end:,}"
     )

@@ -49,7 +49,7 @@ def contents(folder):
     return {
         path.name.replace(stamp_of(path.name), "STAMP"): path.read_bytes()
         for path in sorted(folder.iterdir())
-        if path.suffix in (".bin", ".idx") or path.name.endswith(".meta.json")
+        if path.suffix in (".bin", ".idx", ".mask") or path.name.endswith(".meta.json")
     }
 
 

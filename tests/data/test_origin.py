@@ -35,6 +35,6 @@ def test_every_draw_names_the_tokens_it_fed_and_their_documents(tmp_path):
     for row, is_counted, origin in zip(ids, counted, found, strict=True):
         first = int(origin.shard.name[1:])
         fed = row[: 1 + int(is_counted.sum())] - first
-        assert fed.tolist() == list(range(origin.start, origin.stop))
+        assert fed.tolist() == list(range(*origin.pieces[0])) and len(origin.pieces) == 1
         assert origin.documents == sorted({document_of[i] for i in fed})
     assert all(not origin.documents for origin in origins(phase, 3, 5, {}))

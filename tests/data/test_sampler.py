@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from counting_shards import PAD_ID, TOKENIZER, counting_shards, write_counting
 
-from llm.data.phase import Phase, count_samples
+from llm.data.phase import Phase, count_windows
 from llm.data.sampler import Sampler, Windows
 from llm.data.shards import Shard, ShardError
 
@@ -25,13 +25,13 @@ def expected_targets(sizes) -> list[int]:
 
 @pytest.mark.parametrize(("n_tokens", "samples"), [(1, 0), (2, 1), (8, 1), (9, 1), (10, 2), (17, 2), (18, 3)])
 def test_a_shard_has_a_sample_for_every_target(n_tokens, samples):
-    assert count_samples(n_tokens, L) == samples
+    assert count_windows(n_tokens, L) == samples
 
 
 def test_every_target_token_of_the_corpus_counts_exactly_once_per_epoch(tmp_path):
     sampler = Sampler(plan(shards := counting_shards(tmp_path, SIZES)), shards)
     n = sampler.phase.samples
-    assert n == sum(count_samples(size, L) for size in SIZES)
+    assert n == sum(count_windows(size, L) for size in SIZES)
     orders = []
     for epoch in range(2):
         ids, counted = sampler.rows(np.arange(epoch * n, (epoch + 1) * n))
@@ -43,7 +43,7 @@ def test_every_target_token_of_the_corpus_counts_exactly_once_per_epoch(tmp_path
 
 def test_every_row_is_one_window_and_tails_are_padded_and_masked(tmp_path):
     shards = counting_shards(tmp_path, SIZES)
-    ids, counted = Windows(shards, L).rows(np.arange(sum(count_samples(size, L) for size in SIZES)))
+    ids, counted = Windows(shards, L).rows(np.arange(sum(count_windows(size, L) for size in SIZES)))
     ends = np.cumsum(SIZES)
     for row, mask in zip(ids, counted, strict=True):
         real = min(L + 1, ends[np.searchsorted(ends, row[0], side="right")] - row[0])

@@ -39,8 +39,8 @@ class Spoilable(Transformer):
 
     spoilt = False
 
-    def forward(self, tokens_BT, targets_BT=None, cache=None):
-        loss = super().forward(tokens_BT, targets_BT, cache)
+    def forward(self, tokens_BT, targets_BT=None, cache=None, doc_ids_BT=None):
+        loss = super().forward(tokens_BT, targets_BT, cache, doc_ids_BT)
         return loss + (loss * 0).sqrt() if self.spoilt else loss
 
 

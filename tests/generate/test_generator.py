@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llm.config import ModelConfig
-from llm.generate.generator import generate_ids, stream_text
+from llm.generate.generator import generate_ids, prompt_ids, stream_text
 from llm.generate.sampling import Sampling
 from llm.model.init import build_model
 from llm.tokenizer.train import train_bpe
@@ -75,6 +75,20 @@ def test_end_of_text_ends_it_and_is_not_shown(tokenizer):
 class _EndsAt:
     def __init__(self, tokenizer, eos_id: int):
         self.vocab_size, self.eos_id = tokenizer.vocab_size, eos_id
+
+
+def test_a_stop_token_ends_it_too(tokenizer):
+    model, prompt = little_model(tokenizer), [1, 2, 3]
+    greedy = continued(model, tokenizer, prompt, 8)
+    stopped = list(generate_ids(model, tokenizer, prompt, max_tokens=8, sampling=GREEDY, seed=1, stop_ids=(greedy[5],)))
+    assert stopped == greedy[: greedy.index(greedy[5])]
+
+
+def test_names_in_a_prompt_are_special_tokens_only_when_asked_for(tokenizer):
+    text, ids = "a<|im_end|>\n<|im_start|>b", tokenizer.special_ids
+    assert prompt_ids(tokenizer, text, special_tokens=False) == tokenizer.encode(text).tolist()
+    a, newline, b = (int(tokenizer.encode(letter)[0]) for letter in "a\nb")
+    assert prompt_ids(tokenizer, text, special_tokens=True) == [a, ids["<|im_end|>"], newline, ids["<|im_start|>"], b]
 
 
 def test_streaming_never_breaks_a_character(tokenizer):
