@@ -7,7 +7,7 @@ extras = {
     "mpi": ["mpi4py", "openmpi"],
     "chat": ["gradio"],
     "eval": ["transformers", "lm-eval"],
-    "test": ["pytest", "pytest-timeout", "ruff", "pyarrow", "huggingface_hub"],
+    "test": ["pytest", "pytest-timeout", "ruff", "pyarrow", "huggingface_hub", "transformers"],
 }
 
 setup(
