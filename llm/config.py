@@ -241,6 +241,8 @@ class EngineConfig(Section):
     offload: bool = False
     ds_config: str | None = None
     """A DeepSpeed JSON; None: ds_configs/zeroN.json of the chosen stage."""
+    keep_memory: bool = True
+    """On a CPU freed memory stays with the process, instead of going back and forth between it and the kernel in each step."""
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
 
     @field_validator("offload")
