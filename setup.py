@@ -8,7 +8,7 @@ extras = {
     "mpi": ["mpi4py", "openmpi"],
     "chat": ["gradio"],
     "eval": ["transformers", "lm-eval"],
-    "test": ["pytest", "pytest-timeout", "ruff", "pyarrow", "huggingface_hub", "mpi4py", "openmpi", "gigatoken>=0.10"],
+    "test": ["pytest", "pytest-timeout", "ruff", "pyarrow", "huggingface_hub", "mpi4py", "openmpi", "gigatoken>=0.10", "transformers"],
 }
 
 setup(

@@ -108,10 +108,13 @@ class GPT(nn.Module):
 
 
 class Loop:
-    """One optimizer step per call of `step`. Its AdamW is fused, also on a CPU, where nanoGPT's own is not: the harder yardstick."""
+    """One optimizer step per call of `step`, with any model that gives a mean loss.
 
-    def __init__(self, cfg, device: str, compiled: bool):
-        self.model = GPT(cfg.model).to(device)
+    Its AdamW is fused, also on a CPU, where nanoGPT's own is not: the harder yardstick.
+    """
+
+    def __init__(self, cfg, device: str, compiled: bool, model: nn.Module | None = None):
+        self.model = (model or GPT(cfg.model)).to(device)
         decay = [p for p in self.model.parameters() if p.dim() >= 2]
         rest = [p for p in self.model.parameters() if p.dim() < 2]
         groups = [{"params": decay, "weight_decay": cfg.train.weight_decay}, {"params": rest, "weight_decay": 0.0}]

@@ -1,7 +1,11 @@
-"""How fast is our training step against a minimal nanoGPT-style loop of the same dimensions, dtype and batch?
+"""How fast is our training step against others of the same dimensions, dtype and batch?
 
   python benchmarks/step.py --config configs/toy.yaml
   python benchmarks/step.py --config configs/gpt-1b.yaml --device cuda --out build/step.json train.batch_size=16
+  python benchmarks/step.py --config configs/toy.yaml --against hf,litgpt,fsdp2 --zero 1,2,3 --only eager
+
+A minimal nanoGPT-style loop is always among them; the others are Hugging Face's and litgpt's models in the same loop, and that loop's
+model under FSDP2. Those that are not installed are left out.
 
 All contenders live in one process and take turns, a few steps each, round after round, so that a busy machine slows all of them. The
 ratio is the median over rounds of ours by theirs in the same round. Data are random ids, the same for all; reading shards is left out.
@@ -17,6 +21,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from contenders import NEEDS, others
 from machine import machine
 from nanogpt_loop import Loop
 
@@ -25,6 +30,7 @@ from llm.config import RunConfig, batch_plan, check_config, load_config
 from llm.data.stream import Batch
 from llm.dist import World
 from llm.engine import build_engine
+from llm.engine.process import keep_freed_memory
 from llm.log import log
 from llm.model.flops import count_params, flops_per_token, peak_flops
 from llm.model.init import build_model
@@ -38,16 +44,19 @@ def main() -> None:
     cfg = load_config(args.config, args.overrides, preset=args.model)
     cfg = changed(cfg, model={"vocab_size": cfg.model.with_vocab(TOKENIZER_VOCAB).vocab_size}, engine={"zero_stage": 0})
     torch.set_flush_denormal(True)
-    contenders = build_contenders(cfg, args.device, args.only)
+    if args.keep_memory and args.device == "cpu":
+        keep_freed_memory()  # for all contenders
+    contenders = build_contenders(cfg, args.device, args.only, others(args.against), args.zero)
     plan = batch_plan(cfg, 1)
     size = f"{count_params(cfg.model):,} parameters"
     log.info(f"{cfg.model.model_name}: {size}, {cfg.engine.precision}, {plan}, {torch.get_num_threads()} threads")
     first_losses = {name: warm_up(step, cfg, args.warm_up) for name, step in contenders.items()}
-    rounds = [take_turns(contenders, cfg, args.steps, r, args.device) for r in range(args.rounds)]
+    clock = time.process_time if args.cpu_time else time.perf_counter
+    rounds = [take_turns(contenders, cfg, args.steps, r, args.device, clock) for r in range(args.rounds)]
     report = {
         "model": cfg.model.model_dump(), "precision": cfg.engine.precision, "tokens_per_step": plan.tokens, "micro_rows": plan.micro_rows,
         "first_losses": first_losses, "rounds_tokens_per_second": rounds, "summary": summarise(rounds, cfg, args.device),
-        "machine": machine(["torch", "numpy"]) | setting(args.device),
+        "machine": machine(["torch", "numpy"]) | setting(args.device, args.keep_memory),
     }  # fmt: skip
     print_table(report)
     if args.out:
@@ -63,8 +72,15 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--steps", type=int, default=5, help="optimizer steps in a turn (%(default)s)")
     parser.add_argument("--warm-up", type=int, default=3, help="steps of each before the first turn (%(default)s)")
     parser.add_argument("--only", choices=("eager", "compiled"), help="leave the other pair out")
+    parser.add_argument("--against", type=lambda text: text.split(","), default=[], metavar="NAMES", help=f"more contenders: {','.join(NEEDS)}")
+    parser.add_argument("--zero", type=lambda text: text.split(","), default=[], metavar="STAGES", help="ours under ZeRO too, for example 1,2,3")
+    parser.add_argument("--cpu-time", action="store_true", help="tokens per second of CPU time: on a CPU that others use too, with one thread")
+    parser.add_argument("--no-keep-memory", dest="keep_memory", action="store_false", help="CPU: give freed memory back, as glibc does by itself")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON")
-    return parser.parse_args()
+    args = parser.parse_args()
+    if unknown := [name for name in args.against if name not in NEEDS] + [stage for stage in args.zero if stage not in ("1", "2", "3")]:
+        parser.error(f"there is no contender {unknown[0]}")
+    return args
 
 
 def changed(cfg: RunConfig, **sections: dict) -> RunConfig:
@@ -74,7 +90,7 @@ def changed(cfg: RunConfig, **sections: dict) -> RunConfig:
     return check_config(tree, "benchmark")
 
 
-def build_contenders(cfg: RunConfig, device: str, only: str | None) -> dict[str, Callable]:
+def build_contenders(cfg: RunConfig, device: str, only: str | None, rest: dict[str, Callable], stages: list[str]) -> dict[str, Callable]:
     """Name -> a function that makes one optimizer step on a list of (tokens, targets) and returns its loss."""
     contenders = {}
     for mode in [only] if only else ["eager", "compiled"]:
@@ -82,7 +98,12 @@ def build_contenders(cfg: RunConfig, device: str, only: str | None) -> dict[str,
         loop = Loop(cfg, device, compiled=mode == "compiled")
         assert sum(p.numel() for p in loop.model.parameters()) == count_params(cfg.model)
         contenders[f"nanogpt {mode}"] = loop.step
-        contenders[f"tally {mode}"] = tally_step(changed(cfg, engine={"compile": mode == "compiled"}), device)
+        for name, build in rest.items():
+            contenders[f"{name} {mode}"] = build(cfg, device, mode == "compiled")
+        engine = {"compile": mode == "compiled"}
+        contenders[f"tally {mode}"] = tally_step(changed(cfg, engine=engine), device)
+        for stage in stages:
+            contenders[f"tally-zero{stage} {mode}"] = tally_step(changed(cfg, engine=engine | {"zero_stage": int(stage)}), device)
     return contenders
 
 
@@ -111,7 +132,7 @@ def warm_up(step: Callable, cfg: RunConfig, n: int) -> float:
     return float([step(draw(cfg, seed)) for seed in range(n)][0])
 
 
-def take_turns(contenders: dict[str, Callable], cfg: RunConfig, n: int, turn: int, device: str) -> dict[str, float]:
+def take_turns(contenders: dict[str, Callable], cfg: RunConfig, n: int, turn: int, device: str, clock: Callable) -> dict[str, float]:
     """Tokens per second of each; the order turns with the rounds."""
     names = list(contenders)
     names = names[turn % len(names) :] + names[: turn % len(names)]
@@ -119,11 +140,11 @@ def take_turns(contenders: dict[str, Callable], cfg: RunConfig, n: int, turn: in
     speeds = {}
     for name in names:
         synchronize(device)
-        started_at = time.perf_counter()
+        started_at = clock()
         for batch in batches:
             contenders[name](batch)
         synchronize(device)
-        speeds[name] = n * batch_plan(cfg, 1).tokens / (time.perf_counter() - started_at)
+        speeds[name] = n * batch_plan(cfg, 1).tokens / (clock() - started_at)
     return speeds
 
 
@@ -136,7 +157,7 @@ def summarise(rounds: list[dict[str, float]], cfg: RunConfig, device: str) -> di
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.startswith("cuda") else None
     summary = {}
     for name in sorted(rounds[0]):
-        owner, mode = name.split()
+        mode = name.split()[1]
         speeds = [r[name] for r in rounds]
         ratios = [r[name] / r[f"nanogpt {mode}"] for r in rounds]
         median = statistics.median(speeds)
@@ -148,20 +169,20 @@ def summarise(rounds: list[dict[str, float]], cfg: RunConfig, device: str) -> di
     return summary
 
 
-def setting(device: str) -> dict:
+def setting(device: str, keeps_memory: bool) -> dict:
     """What else the speed of a step depends on."""
     return {
         "threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
-        "environment": {key: os.environ[key] for key in MALLOC if key in os.environ},
+        "keeps_memory": keeps_memory, "environment": {key: os.environ[key] for key in MALLOC if key in os.environ},
     }  # fmt: skip
 
 
 def print_table(report: dict) -> None:
-    print(f"{'':18} {'tok/s':>10} {'slowest':>10} {'fastest':>10}   ratio to nanogpt of the same mode")
+    print(f"{'':20} {'tok/s':>10} {'slowest':>10} {'fastest':>10}   ratio to nanogpt of the same mode")
     for name, s in report["summary"].items():
         speeds = " ".join(f"{s[key]:10,.0f}" for key in ("tokens_per_second", "slowest", "fastest"))
         mfu = f"   MFU {s['mfu']:.1%}" if s["mfu"] else ""
-        print(f"{name:18} {speeds}   {s['ratio']:.3f} ({s['ratio_low']:.3f} to {s['ratio_high']:.3f}){mfu}")
+        print(f"{name:20} {speeds}   {s['ratio']:.3f} ({s['ratio_low']:.3f} to {s['ratio_high']:.3f}){mfu}")
 
 
 if __name__ == "__main__":

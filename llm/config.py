@@ -75,9 +75,29 @@ class ModelConfig(Section):
     norm_eps: PositiveFloat = 1e-5
     positions: Literal["rope", "learned"] = Field("rope", validate_default=True)
     rope_theta: PositiveFloat = 10_000.0
+    rotary_fraction: Annotated[float, Field(gt=0, le=1)] = 1.0
+    """This part of each head, its first dimensions, is turned by rope; the rest knows no position (Phi)."""
+    rope_scaling: Literal["none", "linear", "llama3", "yarn"] = "none"
+    """How rope is stretched from rope_original_seq_len to rope_factor times as much."""
+    rope_factor: Annotated[float, Field(ge=1)] = 1.0
+    rope_original_seq_len: PositiveInt | None = Field(None, validate_default=True)
+    """Tokens a row that the model was first trained with; llama3 and yarn need it."""
+    rope_low_freq_factor: PositiveFloat = 1.0
+    rope_high_freq_factor: PositiveFloat = 4.0
+    """llama3: waves that fit rope_original_seq_len less than low times are slowed by rope_factor, more than high times left alone."""
     mlp: Literal["swiglu", "gelu"] = "swiglu"
     bias: bool = False
+    """On all linear maps but the head, and on LayerNorms."""
+    head_bias: bool = False
+    parallel_blocks: bool = False
+    """Attention and MLP read one norm and are added together (Phi)."""
     qk_norm: bool = False
+    sliding_window: PositiveInt | None = None
+    """Each token sees so many, itself and those right before it; None: all before it."""
+    logit_softcap: PositiveFloat | None = None
+    """Logits are bent to stay within it: cap * tanh(logits / cap)."""
+    z_loss: Annotated[float, Field(ge=0)] = 0.0
+    """In training so much of ln(Z)^2 is added to the loss of each target, Z its softmax's denominator; PaLM has 1e-4."""
     tie_embeddings: bool = False
     init_std: PositiveFloat = 0.02
     attention: Literal["sdpa", "eager"] = "sdpa"
@@ -106,6 +126,26 @@ class ModelConfig(Section):
         if given == "rope" and (info.data.get("d_head") or 0) % 2:
             raise ValueError(f"rope turns pairs of dimensions, so d_head must be even, not {info.data['d_head']}")
         return given
+
+    @field_validator("rotary_fraction")
+    @classmethod
+    def _pairs_are_whole(cls, given: float, info: ValidationInfo) -> float:
+        width = info.data.get("d_head") or 0
+        if given < 1 and (int(width * given) % 2 or int(width * given) < 2):
+            raise ValueError(f"of d_head {width} it leaves {int(width * given)} dimensions to turn, but they come in pairs")
+        return given
+
+    @field_validator("rope_original_seq_len")
+    @classmethod
+    def _scaling_has_a_start(cls, given: int | None, info: ValidationInfo) -> int | None:
+        if given is None and info.data.get("rope_scaling") in ("llama3", "yarn"):
+            raise ValueError(f"rope_scaling {info.data['rope_scaling']} needs the number of tokens a row that the model was first trained with")
+        return given
+
+    @property
+    def d_rotary(self) -> int:
+        """Dimensions of each head that rope turns."""
+        return int(self.d_head * self.rotary_fraction)
 
     def with_vocab(self, tokenizer_vocab: int) -> "ModelConfig":
         """This config with `vocab_size` settled; refuses one that is smaller than the tokenizer's."""
@@ -212,6 +252,8 @@ class EngineConfig(Section):
     offload: bool = False
     ds_config: str | None = None
     """A DeepSpeed JSON; None: ds_configs/zeroN.json of the chosen stage."""
+    keep_memory: bool = True
+    """On a CPU freed memory stays with the process, instead of going back and forth between it and the kernel in each step."""
     device: str = Field("auto", pattern=r"^(auto|cpu|mps|cuda(:\d+)?)$")
 
     @field_validator("offload")

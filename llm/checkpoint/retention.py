@@ -5,7 +5,6 @@ only then does the whole one go, by a rename out of sight and then file by file.
 and the next call goes on from there.
 """
 
-import math
 import shutil
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -16,10 +15,9 @@ from llm.checkpoint.folder import Entry
 from llm.checkpoint.hashes import file_sha256, tokenizer_records
 from llm.checkpoint.manifest import NAME, WEIGHTS_FORMAT, File, Manifest, Parent, read_manifest
 from llm.checkpoint.resume import Checkpoint, damage
-from llm.checkpoint.slices import CheckpointError, Slice, state_hash, wrap, write_slices
+from llm.checkpoint.slices import CheckpointError
+from llm.checkpoint.weights import write_weights
 from llm.log import log
-
-SHARD_ELEMENTS = 1 << 26  # in one file of a thinned checkpoint, and so in host memory while it is written: 256 MiB
 
 
 @dataclass(frozen=True)
@@ -96,13 +94,8 @@ def _try_to_thin(run: Path, entry: Entry, manifest: Manifest) -> bool:
 
 def _thin(whole: Path, manifest: Manifest, temporary: Path) -> None:
     """Commit a checkpoint of the weights of `whole` beside it."""
-    reader, groups = Checkpoint(whole, manifest).reader, _groups(manifest)
     temporary.mkdir()
-    records, state = [], 0
-    for i, ranges in enumerate(groups):
-        slices = [Slice(name, "fp32", start, reader.read(name, "fp32", start, numel)) for name, start, numel in ranges]
-        records.append(write_slices(temporary / f"shard-{i:05d}-of-{len(groups):05d}.safetensors", slices))
-        state = wrap(state + state_hash(slices))
+    records, state = write_weights(temporary, manifest.shapes, Checkpoint(whole, manifest).reader)
     if (whole / "tokenizer").is_dir():
         shutil.copytree(whole / "tokenizer", temporary / "tokenizer", copy_function=shutil.copyfile)
     records += tokenizer_records(temporary)
@@ -111,18 +104,3 @@ def _thin(whole: Path, manifest: Manifest, temporary: Path) -> None:
     thinned = manifest.model_copy(update={"format": WEIGHTS_FORMAT, "parent": parent, "files": files, "state_hash": state})
     assert not thinned.gaps, thinned.gaps
     folder.publish(temporary, whole.with_name(folder.weights_name(manifest.step, manifest.attempt)), thinned.text())
-
-
-def _groups(manifest: Manifest) -> list[list[tuple[str, int, int]]]:
-    """Ranges (parameter, start, elements) for each file of a thinned checkpoint."""
-    groups, room = [[]], SHARD_ELEMENTS
-    for name, shape in manifest.shapes:
-        numel = math.prod(shape)
-        for start in range(0, numel, SHARD_ELEMENTS):
-            n = min(SHARD_ELEMENTS, numel - start)
-            if n > room:
-                groups.append([])
-                room = SHARD_ELEMENTS
-            groups[-1].append((name, start, n))
-            room -= n
-    return groups

@@ -32,7 +32,8 @@ def merge_datasets(folders: list[Path], out: Path, advance: Callable[[int], None
                 metas.append(_bring(Shard.open(folder / entry["path"]), out).meta)
                 present.add(entry["shard_id"])
             advance(entry["n_tokens"])
-        merged = write_manifest(out, sources=manifest.sources, shards=metas, tokenizer=manifest.tokenizer, seq_len=manifest.seq_len)
+        same = {"tokenizer": manifest.tokenizer, "seq_len": manifest.seq_len, "template": manifest.template}
+        merged = write_manifest(out, sources=manifest.sources, shards=metas, **same)
     return merged
 
 
@@ -43,6 +44,13 @@ def _refuse_strangers(manifests: dict[Path, Manifest]) -> None:
         if theirs != ours:
             raise ShardError(f"{folder}: made with tokenizer {theirs[0]} for seq_len {theirs[1]}, {first} with {ours[0]} for {ours[1]}. "
                              f"A dataset has one tokenizer and one seq_len: merge those that agree.")  # fmt: skip
+
+
+    written = [folder for folder, manifest in manifests.items() if manifest.template]
+    for folder in written[1:]:
+        if not manifests[written[0]].takes(manifests[folder].template):
+            raise ShardError(f"{folder}: its conversations were written with template {manifests[folder].template['name']}, those of {written[0]} "
+                             f"with {manifests[written[0]].template['name']}. A dataset has one template: merge those that agree.")  # fmt: skip
 
 
 def _refuse_text_twice(manifests: dict[Path, Manifest]) -> None:

@@ -29,7 +29,7 @@ def generate_ids(
         if cache.length + len(unread) > seq_len:
             cache.length, unread = 0, history[-max(1, seq_len // 2) :]
         last_D = model.hidden(torch.tensor([unread], device=weight.device), cache)[0, -1]
-        logits_V = model.head(last_D)[: tokenizer.vocab_size]  # columns that only pad the vocabulary never win
+        logits_V = model.logits(last_D)[: tokenizer.vocab_size]  # columns that only pad the vocabulary never win
         chosen = pick(logits_V.float().cpu(), sampling, generator)
         if chosen == tokenizer.eos_id or chosen in stop_ids:
             return

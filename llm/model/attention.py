@@ -12,17 +12,20 @@ from llm.config import ModelConfig
 from llm.model.layers import Linear, RMSNorm, rotate
 
 
-def sdpa_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
-    """torch's fused kernels. The T queries are the last T of the S positions. `mask_B1TS`: where they may look, if not at all up to them."""
+def sdpa_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int | None = None, mask_B1TS: Tensor | None = None) -> Tensor:
+    """torch's fused kernels. The T queries are the last T of the S positions; each sees `window` of them at most, itself included.
+
+    `mask_B1TS`: where they may look, if that is not all up to themselves.
+    """
     T, S = q_BHTK.shape[2], k_BGSK.shape[2]
-    is_causal = mask_B1TS is None and T == S
-    if mask_B1TS is None and T not in (1, S):
-        mask_B1TS = causal_mask(T, S, q_BHTK.device)  # is_causal lines up with the first key, not the last
+    all_seen = mask_B1TS is None and (window is None or window >= S)
+    # is_causal lines up with the first key, not the last
+    mask = None if all_seen and T in (1, S) else _seen(T, S, q_BHTK.device, window, mask_B1TS)
     grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
-    return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, mask_B1TS, is_causal=is_causal, enable_gqa=grouped)
+    return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, mask, is_causal=mask is None and T == S, enable_gqa=grouped)
 
 
-def eager_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_B1TS: Tensor | None = None) -> Tensor:
+def eager_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int | None = None, mask_B1TS: Tensor | None = None) -> Tensor:
     """The same by definition, with softmax in fp32: the reference that the others are tested against.
 
     On a CPU in bf16 it beats the fused kernels up to some 512 tokens a row (torch 2.13, AVX512); its scores are rounded to bf16.
@@ -31,14 +34,21 @@ def eager_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, mask_B1TS: T
     G, S = k_BGSK.shape[1:3]
     k_BHSK, v_BHSK = (x.repeat_interleave(H // G, dim=1) for x in (k_BGSK, v_BGSK))
     scores_BHTS = (q_BHTK * K**-0.5) @ k_BHSK.transpose(2, 3)
-    mask = causal_mask(T, S, q_BHTK.device) if mask_B1TS is None else mask_B1TS
-    scores_BHTS = scores_BHTS.masked_fill(~mask, float("-inf"))
+    scores_BHTS = scores_BHTS.masked_fill(~_seen(T, S, q_BHTK.device, window, mask_B1TS), float("-inf"))
     return scores_BHTS.softmax(dim=-1, dtype=torch.float32).to(v_BHSK.dtype) @ v_BHSK
 
 
-def causal_mask(T: int, S: int, device: torch.device) -> Tensor:
+def causal_mask(T: int, S: int, device: torch.device, window: int | None = None) -> Tensor:
     """True where query t, at position S - T + t, may look."""
-    return torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    seen = torch.ones(T, S, dtype=torch.bool, device=device).tril(S - T)
+    return seen if window is None else seen.triu(S - T - window + 1)
+
+
+def _seen(T: int, S: int, device: torch.device, window: int | None, mask: Tensor | None) -> Tensor:
+    """`mask`, which looks at nothing later already, within the window; without one all up to each query."""
+    if mask is None:
+        return causal_mask(T, S, device, window)
+    return mask if window is None else mask & causal_mask(T, S, device, window)
 
 
 def document_mask(doc_ids_BT: Tensor) -> Tensor:
@@ -64,7 +74,7 @@ class Attention(nn.Module):
         super().__init__()
         self.heads = [cfg.n_heads, cfg.n_kv_heads, cfg.n_kv_heads]
         self.d_head = cfg.d_head
-        self.attend = ATTENTION[cfg.attention]
+        self.attend, self.window = ATTENTION[cfg.attention], cfg.sliding_window
         self.qkv = Linear(cfg.d_model, sum(self.heads) * cfg.d_head, bias=cfg.bias)
         self.q_norm = RMSNorm(cfg.d_head, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
         self.k_norm = RMSNorm(cfg.d_head, cfg.norm_eps) if cfg.qk_norm else nn.Identity()
@@ -82,5 +92,5 @@ class Attention(nn.Module):
         q_BHTK, k_BGSK, v_BGSK = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
         if remember is not None:
             k_BGSK, v_BGSK = remember(k_BGSK, v_BGSK)
-        y_BHTK = self.attend(q_BHTK, k_BGSK, v_BGSK, mask_B1TT)
+        y_BHTK = self.attend(q_BHTK, k_BGSK, v_BGSK, self.window, mask_B1TT)
         return self.out(y_BHTK.transpose(1, 2).reshape(B, T, -1))

@@ -38,17 +38,21 @@ def matmul_weights(cfg: ModelConfig) -> int:
 def count_params(cfg: ModelConfig) -> int:
     """All weights, tied ones once."""
     norm = cfg.d_model * (2 if cfg.norm == "layernorm" and cfg.bias else 1)
+    norms = cfg.n_layers * norm * (1 if cfg.parallel_blocks else 2) + norm
     qk_norms = 2 * cfg.d_head if cfg.qk_norm else 0
     up = cfg.d_ff * (2 if cfg.mlp == "swiglu" else 1)
     biases = (cfg.n_heads + 2 * cfg.n_kv_heads) * cfg.d_head + up + 2 * cfg.d_model if cfg.bias else 0
     embedding = 0 if cfg.tie_embeddings else cfg.vocab_size * cfg.d_model
     positions = cfg.seq_len * cfg.d_model if cfg.positions == "learned" else 0
-    return matmul_weights(cfg) + cfg.n_layers * (2 * norm + qk_norms + biases) + norm + embedding + positions
+    head_bias = cfg.vocab_size if cfg.head_bias else 0
+    return matmul_weights(cfg) + cfg.n_layers * (qk_norms + biases) + norms + embedding + positions + head_bias
 
 
 def flops_per_token(cfg: ModelConfig) -> int:
-    """Forward and backward FLOPs of one training token; attention only where the causal mask lets it look, (T + 1)/2 keys on average."""
-    return 6 * matmul_weights(cfg) + 6 * cfg.n_layers * cfg.n_heads * cfg.d_head * (cfg.seq_len + 1)
+    """Forward and backward FLOPs of one training token; attention only where mask and window let it look, (T + 1)/2 keys on average or less."""
+    T, W = cfg.seq_len, min(cfg.sliding_window or cfg.seq_len, cfg.seq_len)
+    twice_keys = (W * (W + 1) + (T - W) * 2 * W) // T  # the first W tokens see 1 to W keys, the others W
+    return 6 * matmul_weights(cfg) + 6 * cfg.n_layers * cfg.n_heads * cfg.d_head * twice_keys
 
 
 def palm_flops_per_token(cfg: ModelConfig) -> int:

@@ -43,21 +43,16 @@ def make_norm(cfg: ModelConfig) -> nn.Module:
     return nn.LayerNorm(cfg.d_model, cfg.norm_eps, bias=cfg.bias)
 
 
-def rope_tables(seq_len: int, d_head: int, theta: float) -> tuple[Tensor, Tensor]:
-    """cos and sin of the rotary angles in fp32, [T, 1, K/2], to broadcast over heads. Source: RoFormer, arXiv 2104.09864."""
-    frequencies = theta ** -(torch.arange(0, d_head, 2, dtype=torch.float32) / d_head)
-    angles = torch.outer(torch.arange(seq_len, dtype=torch.float32), frequencies)[:, None]
-    return angles.cos(), angles.sin()
-
-
 def rotate(x_BTHK: Tensor, cos: Tensor, sin: Tensor) -> Tensor:
-    """Turn each pair (i, i + K/2), as Hugging Face's Llama pairs them, by its position's angle.
+    """Turn each pair (i, i + R/2) of the first R dimensions, as Hugging Face's Llama pairs them, by its position's angle; R/2 is cos's width.
 
     In fp32, because angles in bf16 blur far positions. Not with x.roll, which is one kernel fewer: on CPU its compiled form is 1.25x
     slower for the whole block.
     """
-    a, b = x_BTHK.chunk(2, dim=-1)
-    return torch.cat((a * cos - b * sin, b * cos + a * sin), dim=-1).to(x_BTHK.dtype)
+    half = cos.shape[-1]
+    rest = x_BTHK.shape[-1] - 2 * half
+    a, b, *still = x_BTHK.split([half, half] + [rest] * (rest > 0), dim=-1)
+    return torch.cat((a * cos - b * sin, b * cos + a * sin, *still), dim=-1).to(x_BTHK.dtype)
 
 
 class SwiGLU(nn.Module):

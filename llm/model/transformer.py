@@ -1,4 +1,4 @@
-"""The decoder: token ids in, logits or a loss out. Llama and GPT-2 differ only in what the config picks."""
+"""The decoder: token ids in, logits or a loss out. GPT-2, Llama, Phi and Qwen differ only in what the config picks."""
 # B rows in a batch · T tokens in a row · S keys attended to (T, or the cache length) · D model width · H query heads
 # G kv heads · K width of one head · F MLP width · V vocabulary, padded
 
@@ -10,24 +10,31 @@ from torch import Tensor, nn
 from llm.config import ModelConfig
 from llm.model.attention import Attention, document_mask, positions_in_documents
 from llm.model.kv_cache import KVCache
-from llm.model.layers import MLP, Embedding, Linear, make_norm, rope_tables
+from llm.model.layers import MLP, Embedding, Linear, make_norm
 from llm.model.loss import cross_entropy_sum
+from llm.model.rope import rope_tables
 
 
 class Block(nn.Module):
-    """Attention, then MLP, each behind its norm and added to the residual stream. The unit that is compiled and checkpointed."""
+    """Attention, then MLP, each behind its norm and added to the residual stream; or both behind one norm, in parallel.
+
+    The unit that is compiled and checkpointed.
+    """
 
     def __init__(self, cfg: ModelConfig):
         super().__init__()
         self.attn_norm = make_norm(cfg)
         self.attn = Attention(cfg)
-        self.mlp_norm = make_norm(cfg)
+        self.mlp_norm = None if cfg.parallel_blocks else make_norm(cfg)
         self.mlp = MLP[cfg.mlp](cfg)
 
     def forward(
         self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, remember: Callable | None = None, mask: Tensor | None = None
     ) -> Tensor:
-        x = x + self.attn(self.attn_norm(x), rope, remember, mask)
+        normed = self.attn_norm(x)
+        if self.mlp_norm is None:
+            return x + self.attn(normed, rope, remember, mask) + self.mlp(normed)
+        x = x + self.attn(normed, rope, remember, mask)
         return x + self.mlp(self.mlp_norm(x))
 
 
@@ -42,12 +49,12 @@ class Transformer(nn.Module):
         if cfg.positions == "learned":
             self.positions = Embedding(cfg.seq_len, cfg.d_model)
         else:
-            cos, sin = rope_tables(cfg.seq_len, cfg.d_head, cfg.rope_theta)
+            cos, sin = rope_tables(cfg)
             self.register_buffer("cos", cos, persistent=False)
             self.register_buffer("sin", sin, persistent=False)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = make_norm(cfg)
-        self.head = Linear(cfg.d_model, cfg.vocab_size, bias=False)
+        self.head = Linear(cfg.d_model, cfg.vocab_size, bias=cfg.head_bias)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
         self.loss = cross_entropy_sum  # here for the engine to compile: it pays, and holds no weights that ZeRO would have to gather
@@ -55,14 +62,19 @@ class Transformer(nn.Module):
     def forward(
         self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: KVCache | None = None, doc_ids_BT: Tensor | None = None
     ) -> Tensor:
-        """With targets the fp32 sum of cross-entropy over those that are not -100, else logits_BTV.
+        """With targets the fp32 sum of cross-entropy (in training with z-loss) over those that are not -100, else logits_BTV.
 
         With doc_ids, tokens see only those of their own document, and positions begin with it.
         """
-        logits_BTV = self.head(self.hidden(tokens_BT, cache, doc_ids_BT))
+        logits_BTV = self.logits(self.hidden(tokens_BT, cache, doc_ids_BT))
         if targets_BT is None:
             return logits_BTV
-        return self.loss(logits_BTV.flatten(0, 1), targets_BT.flatten())
+        return self.loss(logits_BTV.flatten(0, 1), targets_BT.flatten(), self.cfg.z_loss if self.training else 0.0)
+
+    def logits(self, x: Tensor) -> Tensor:
+        """What the head makes of `hidden`'s last axis."""
+        logits, cap = self.head(x), self.cfg.logit_softcap
+        return logits if cap is None else cap * torch.tanh(logits / cap)
 
     def hidden(self, tokens_BT: Tensor, cache: KVCache | None = None, doc_ids_BT: Tensor | None = None) -> Tensor:
         """What the head reads, [B, T, D]. With a cache the tokens follow those it holds, and are added to it."""

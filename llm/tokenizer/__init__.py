@@ -40,7 +40,7 @@ def load_tokenizer(path: str | Path, kind: str | None = None) -> Tokenizer:
 
 
 def _load_json(file: Path, kind: str | None) -> Tokenizer:
-    from llm.tokenizer.huggingface import HuggingFaceTokenizer, is_trained_here
+    from llm.tokenizer.huggingface import COMPANIONS, HuggingFaceTokenizer, is_trained_here
 
     content = file.read_bytes()
     try:
@@ -49,7 +49,8 @@ def _load_json(file: Path, kind: str | None) -> Tokenizer:
         raise TokenizerError(f"{file}: is not a tokenizer.json: {error}.") from error
     if kind == "bpe" and not trained_here:
         raise TokenizerError(f"{file}: kind 'bpe' is for tokenizers of tools/train_tokenizer.py, this is another. Use kind 'huggingface'.")
-    return HuggingFaceTokenizer(content, kind or ("bpe" if trained_here else "huggingface"), str(file))
+    companions = {name: (file.parent / name).read_bytes() for name in COMPANIONS if (file.parent / name).is_file()}
+    return HuggingFaceTokenizer(content, kind or ("bpe" if trained_here else "huggingface"), str(file), companions)
 
 
 def _load_gpt2(path: Path, kind: str | None) -> Tokenizer:

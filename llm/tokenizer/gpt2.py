@@ -30,14 +30,14 @@ class TiktokenTokenizer:
     def __init__(self, files: dict[str, bytes], origin: str):
         self._files = files
         try:
-            self._ranks = _ranks_of_merges(files) if MERGES in files else _ranks_of_lines(next(iter(files.values())))
+            self.ranks = _ranks_of_merges(files) if MERGES in files else _ranks_of_lines(next(iter(files.values())))
         except (ValueError, KeyError) as error:
             raise TokenizerError(f"{origin}: cannot be read as GPT-2's vocabulary: {error}. {HOW_TO_PROVIDE}") from error
-        self.special_ids = {name: len(self._ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
+        self.special_ids = {name: len(self.ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
         self.eos_id, self.pad_id = self.special_ids[END_OF_TEXT], self.special_ids[PAD]
-        self.vocab_size = len(self._ranks) + len(SPECIAL_TOKENS)
-        self.rank_encoder = RankEncoder(self._ranks, PATTERN)
-        self._bytes_of = {i: token for token, i in self._ranks.items()} | {i: name.encode() for name, i in self.special_ids.items()}
+        self.vocab_size = len(self.ranks) + len(SPECIAL_TOKENS)
+        self.rank_encoder = RankEncoder(self.ranks, PATTERN)
+        self._bytes_of = {i: token for token, i in self.ranks.items()} | {i: name.encode() for name, i in self.special_ids.items()}
 
     def encode(self, text: str) -> np.ndarray:
         return self.rank_encoder.encode(text)
@@ -60,7 +60,7 @@ class TiktokenTokenizer:
         special = ((i, name) for name, i in self.special_ids.items())
         return fingerprint(
             algorithm="tiktoken",
-            vocabulary=[*((rank, token.hex()) for token, rank in self._ranks.items()), *special],
+            vocabulary=[*((rank, token.hex()) for token, rank in self.ranks.items()), *special],
             merges=[],  # the ranks are the merges
             patterns=[PATTERN],
             normalizer=[],

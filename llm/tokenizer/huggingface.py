@@ -1,9 +1,10 @@
 """Any tokenizer.json of the Hugging Face tokenizers library."""
 
 import json
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from functools import cached_property
 from pathlib import Path
+from types import MappingProxyType
 
 import numpy as np
 import tokenizers
@@ -15,6 +16,8 @@ from llm.tokenizer.protocol import END_OF_TEXT, PAD, SPECIAL_TOKENS, TokenizerEr
 from llm.tokenizer.ranks import RankEncoder, rank_encoder_of
 
 FILE = "tokenizer.json"
+COMPANIONS = ("tokenizer_config.json", "special_tokens_map.json", "chat_template.jinja", "generation_config.json")
+"""What Hugging Face keeps beside it; not used here, but carried along, so that an exported model has them again."""
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<｜end▁of▁sentence｜>")
 _PAD_NAMES = (PAD, "<pad>", "[PAD]", "<|padding|>", "<｜▁pad▁｜>")
 
@@ -22,8 +25,9 @@ _PAD_NAMES = (PAD, "<pad>", "[PAD]", "<|padding|>", "<｜▁pad▁｜>")
 class HuggingFaceTokenizer:
     """A tokenizer.json; `kind` is "bpe" for one that train_bpe made."""
 
-    def __init__(self, content: bytes, kind: str = "huggingface", origin: str = FILE):
+    def __init__(self, content: bytes, kind: str = "huggingface", origin: str = FILE, companions: Mapping[str, bytes] = MappingProxyType({})):
         self.kind = kind
+        self.companions = companions
         self._content = content
         self._hf = _parse(content, origin)
         self._structure = json.loads(self._hf.to_str())
@@ -61,7 +65,8 @@ class HuggingFaceTokenizer:
         return self._bytes_of.get(token_id, b"")
 
     def save(self, folder: Path) -> None:
-        (Path(folder) / FILE).write_bytes(self._content)
+        for name, content in {FILE: self._content, **self.companions}.items():
+            (Path(folder) / name).write_bytes(content)
 
     @cached_property
     def fingerprint(self) -> str:

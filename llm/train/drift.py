@@ -1,10 +1,10 @@
 """What may change between two sittings of one run: nothing that makes it another model, the numbers only when told, the machine freely."""
 
 from llm.checkpoint.slices import CheckpointError
-from llm.config import RunConfig
+from llm.config import SECTIONS, RunConfig
 from llm.log import log
 
-# Everything in `model` but how attention is computed, and the seed that the data order comes from, is identity. Changes that
+# Everything in `model` but how attention is computed and z-loss, and the seed that the data order comes from, is identity. Changes that
 # alter the numbers but not what the model is (trajectory) need --accept-change; ranks, stages, micro-batches and intervals are free.
 IDENTITY = {"train.seed"}
 FREE_MODEL = {"model.attention", "model.model_name"}
@@ -14,14 +14,14 @@ TRAJECTORY = {
         "lr", "batch_tokens", "schedule", "warmup_steps", "min_lr_ratio", "decay_steps", "weight_decay", "betas", "adam_eps", "clip_norm",
         "spike_sigma", "spike_window",
     )
-} | {"engine.precision"}
+} | {"engine.precision", "model.z_loss"}
 
 
 def check_drift(saved: dict, cfg: RunConfig, accepted: list[str]) -> None:
     """Compare a checkpoint's config with today's; raises CheckpointError that lists every change which is not allowed."""
-    before, now = _flat(saved), _flat(cfg.model_dump(mode="json"))
+    before, now = _defaults() | _flat(saved), _flat(cfg.model_dump(mode="json"))
     changed = {key: (before.get(key), value) for key, value in now.items() if before.get(key) != value}
-    identity = {k for k in changed if k in IDENTITY or (k.startswith("model.") and k not in FREE_MODEL)}
+    identity = {k for k in changed if k in IDENTITY or (k.startswith("model.") and k not in FREE_MODEL | TRAJECTORY)}
     trajectory = {k for k in changed if k in TRAJECTORY}
     shown = {key: f"{key}: {old!r} in the checkpoint, {new!r} now" for key, (old, new) in changed.items()}
     if identity:
@@ -39,6 +39,12 @@ def check_drift(saved: dict, cfg: RunConfig, accepted: list[str]) -> None:
         )
     for key in sorted(changed.keys() - identity - set(refused)):
         log.debug(shown[key]) if key not in trajectory else log.warning(f"accepted: {shown[key]}.")
+
+
+def _defaults() -> dict:
+    """What a field had before it existed, for checkpoints that are older than it."""
+    fields = {f"{name}.{key}": field for name, section in SECTIONS.items() for key, field in section.model_fields.items()}
+    return {path: field.default for path, field in fields.items() if not field.is_required()}
 
 
 def _flat(config: dict) -> dict:

@@ -11,6 +11,7 @@ from llm.config import BatchPlan, RunConfig, interval_steps
 from llm.data.ledger import Ledger
 from llm.data.stream import Stream, chain, count_targets, step_digest
 from llm.dist import World
+from llm.engine.process import collect_garbage
 from llm.engine.protocol import Engine, Update
 from llm.log import UserError, log
 from llm.train.budget import Sitting, horizon
@@ -156,6 +157,7 @@ def train_phase(
                 tell(f"step {at.step:,}: {odd}. {_ADVICE_ON_NORMS.format(saved_step=saved_step)}")
                 metrics.fault(at.step, "grad_norm_spike", odd)
 
+        collect_garbage(at.step)
         at.epoch_end = phase.passes(drawn + rows) > phase.passes(drawn)
         done = at.ledger.open_phase is None or at.step == over.end
         if validate and ((eval_every and at.step % eval_every == 0) or done):

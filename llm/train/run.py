@@ -16,7 +16,7 @@ from llm.data.sampler import Sampler
 from llm.data.shards import Shard
 from llm.data.stream import Stream, eval_batches
 from llm.dist import World
-from llm.engine import Engine
+from llm.engine import Engine, process
 from llm.log import log, route_output
 from llm.model.flops import count_params, flops_per_token, peak_flops
 from llm.tokenizer import Tokenizer, load_tokenizer
@@ -66,7 +66,8 @@ def train(cfg: RunConfig, world: World, options: Options) -> None:
     stop, lock, note = StopFlag(world.rank), RunLock(cfg.run_folder), ExitNote(cfg.log_folder, world)
     watchdog = Watchdog(cfg.train.hang_timeout_s, world.rank, note.write)
     try:
-        _train(cfg, world, options, fork, sitting, stop, lock, note, watchdog)
+        with process.settled(world.device, cfg.engine.keep_memory):
+            _train(cfg, world, options, fork, sitting, stop, lock, note, watchdog)
     except Exception as error:
         if lost := note.failed(error):
             raise lost from error

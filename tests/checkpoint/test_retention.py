@@ -95,7 +95,7 @@ def test_a_damaged_checkpoint_is_not_thinned_and_an_unreadable_one_not_deleted(r
 
 
 def test_big_models_are_thinned_in_several_files_with_parameters_cut_where_needed(run, monkeypatch):
-    monkeypatch.setattr("llm.checkpoint.retention.SHARD_ELEMENTS", 300)
+    monkeypatch.setattr("llm.checkpoint.weights.FILE_ELEMENTS", 300)
     apply_retention(run, Retention(last=1, best=1, thin=True), protect=[])
     thinned = open_checkpoint(run, step=2)
     assert len(list(thinned.folder.glob("shard-*"))) == 4

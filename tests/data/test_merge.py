@@ -10,10 +10,10 @@ from llm.data.merge import merge_datasets
 from llm.data.record import ShardError
 
 
-def dataset(folder, first, n_tokens=100, name="text", **changes):
+def dataset(folder, first, n_tokens=100, name="text", template=None, **changes):
     meta = write_counting(folder, name, n_tokens, first, **changes)
     source = {"source_id": f"s{first}", "names": [f"{first}.txt"], "docs": 1, "bytes": 9, "unit_bytes": 4, "unit_ids": meta.unit_ids}
-    write_manifest(folder, sources=[source], shards=[meta], tokenizer=meta.tokenizer, seq_len=meta.seq_len)
+    write_manifest(folder, sources=[source], shards=[meta], tokenizer=meta.tokenizer, seq_len=meta.seq_len, template=template)
     return folder
 
 
@@ -56,6 +56,15 @@ def test_strangers_and_text_that_two_hold_are_refused_and_nothing_is_written(tmp
     with pytest.raises(ShardError, match=r"holds text \(0.txt\) that is in another shard of .*trained on twice"):
         merge_datasets([first, twice], tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_the_template_of_conversations_is_kept_and_two_of_them_are_refused(tmp_path):
+    chatml, other = {"name": "chatml", "turn": "<a>"}, {"name": "other", "turn": "<b>"}
+    parts = [dataset(tmp_path / "a", 0), dataset(tmp_path / "b", 100, template=chatml)]
+    assert merge_datasets(parts, tmp_path / "out").template == chatml
+    with pytest.raises(ShardError, match="template other, those of .*b with chatml"):
+        merge_datasets([*parts, dataset(tmp_path / "c", 200, template=other)], tmp_path / "more")
+    assert not (tmp_path / "more").exists()
 
 
 def test_a_copy_that_went_wrong_is_not_taken(tmp_path, monkeypatch):

@@ -26,7 +26,8 @@ def test_gpt2_has_its_124_million():
     assert count_params(cfg) == 124_439_808  # the published checkpoint
 
 
-CHANGES = [{}, {"bias": True}, {"tie_embeddings": True}, {"tie_embeddings": False}, {"d_head": 10}, {"qk_norm": False}]
+CHANGES = [{}, {"bias": True}, {"tie_embeddings": True}, {"tie_embeddings": False}, {"d_head": 10}, {"qk_norm": False},
+           {"head_bias": True, "parallel_blocks": True}]  # fmt: skip
 STYLES = {"llama": LLAMA, "gpt2": GPT2, "mixed": LLAMA | {"norm": "layernorm"}, "reference": REFERENCE.model_dump()}
 
 

@@ -14,6 +14,7 @@ from llm.tokenizer import SPECIAL_TOKENS, TokenizerError, load_tokenizer
 from llm.tokenizer import cut as cut_module
 from llm.tokenizer import huggingface as huggingface_module
 from llm.tokenizer.byte_level import BYTE_OF
+from llm.tokenizer.export import write_tokenizer
 from llm.tokenizer.fingerprint import N_PROBES, probes
 from llm.tokenizer.gpt2 import PATTERN
 from llm.tokenizer.train import train_bpe
@@ -266,3 +267,14 @@ def test_gpt2_files_of_two_vocabularies_are_refused(tmp_path):
 def test_a_tiktoken_file_of_unknown_pattern_is_not_guessed_at(tmp_path):
     shutil.move(write_ranks(tmp_path / "ranks") / "gpt2.tiktoken", tmp_path / "ranks" / "cl100k_base.tiktoken")
     assert "neither a tokenizer.json nor GPT-2's files" in error_of(tmp_path / "ranks")
+
+
+@pytest.mark.parametrize("write", [write_gpt2, write_ranks])
+def test_gpt2s_files_become_a_tokenizer_json_with_the_same_ids(write, tmp_path):
+    ours = load_tokenizer(write(tmp_path / "gpt2"))
+    (tmp_path / "out").mkdir()
+    write_tokenizer(ours, tmp_path / "out", 1024)
+    theirs = load_tokenizer(tmp_path / "out")
+    for text in probes():
+        assert theirs.encode(text).tolist() == ours.encode(text).tolist(), text
+    assert theirs.special_ids == ours.special_ids

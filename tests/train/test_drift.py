@@ -26,7 +26,8 @@ def drift(accepted=(), **changes) -> None:
     check_drift(config().model_dump(mode="json"), config(**changes), list(accepted))
 
 
-@pytest.mark.parametrize("change", [{"model__n_layers": 2}, {"model__seq_len": 16}, {"model__tie_embeddings": True}, {"train__seed": 1}])
+@pytest.mark.parametrize("change", [{"model__n_layers": 2}, {"model__seq_len": 16}, {"model__sliding_window": 4}, {"model__rope_factor": 2.0},
+                                    {"train__seed": 1}])  # fmt: skip
 def test_what_makes_it_another_model_is_refused_even_when_accepted(change):
     (path,) = change
     name = path.replace("__", ".")
@@ -47,3 +48,17 @@ def test_what_changes_the_course_is_refused_with_both_values_until_accepted(caps
 )
 def test_the_machine_and_the_intervals_are_free(change):
     drift(**change)
+
+
+def test_z_loss_changes_the_course_and_not_what_the_model_is():
+    with pytest.raises(CheckpointError, match="--accept-change model.z_loss"):
+        drift(model__z_loss=1e-4)
+    drift(accepted=["model.z_loss"], model__z_loss=1e-4)
+
+
+def test_a_setting_that_the_checkpoint_is_older_than_had_its_default():
+    saved = config().model_dump(mode="json")
+    del saved["model"]["sliding_window"], saved["model"]["bias"], saved["train"]["clip_norm"]
+    check_drift(saved, config(), [])
+    with pytest.raises(CheckpointError, match="model.bias: False in the checkpoint, True now"):
+        check_drift(saved, config(model__bias=True), [])
