@@ -17,7 +17,7 @@ import llm
 from llm.corpus.assemble import ShardWriter, distinct_units, identify
 from llm.corpus.documents import Counts
 from llm.corpus.emit_jsonl import emit_jsonl
-from llm.corpus.encode import Job, check_template
+from llm.corpus.encode import FAST, REFERENCE, Job, check_template
 from llm.corpus.formats import shape_of, tell_formats
 from llm.corpus.options import ReadOptions
 from llm.corpus.parts import ROLES, PartUnit, read_part
@@ -31,6 +31,7 @@ from llm.data.record import write_record
 from llm.data.shard_meta import ShardMeta, token_dtype
 from llm.log import UserError, log
 from llm.tokenizer import Tokenizer, load_tokenizer, tokenizer_info
+from llm.tokenizer.fast import no_fast_encoder
 
 MAX_MALFORMED = 0.001
 WORK = ".work"
@@ -50,6 +51,8 @@ class Request:
     seq_len: int
     tokenizer_kind: str | None = None
     workers: int = 1
+    encoder: str = FAST
+    """FAST where it can be used, or REFERENCE."""
     val_ratio: float = 0.0
     shard_tokens: int = 1 << 27
     shuffle_seed: int | None = None
@@ -90,7 +93,7 @@ def tokenize_corpus(request: Request) -> Report:
         sources = unpacked(sources, work, request.options)
         units, unit_bytes = plan_units(sources, request.options, manifest)
         tasks = plan_tasks(units, _settings(request, info, manifest))
-        encoded_bytes, seconds = encode_all(tasks, job, request.workers)
+        encoded_bytes, seconds = encode_all(tasks, job, request.workers, _encoder(request, tokenizer))
 
         part_units = [unit for task in tasks for unit in read_part(work, task)]
         counts = _checked_counts(part_units)
@@ -163,6 +166,16 @@ def _existing(request: Request, info: dict, template: dict | None) -> Manifest |
             f"of one thing. Give the first one with --template (ChatML: leave it out), or another --out."
         )
     return manifest
+
+
+def _encoder(request: Request, tokenizer: Tokenizer) -> str:
+    """FAST if that is wanted and can be had here."""
+    if request.encoder == REFERENCE:
+        return REFERENCE
+    if why_not := no_fast_encoder(tokenizer):
+        log.info(f"encoding with the reference encoder: {why_not}")
+        return REFERENCE
+    return FAST
 
 
 def _job(request: Request, info: dict, manifest: Manifest | None, work: Path) -> Job:

@@ -1,6 +1,7 @@
 """From draw numbers to rows of token ids. Nothing here remembers anything: a row is a function of the plan and its number."""
 
 from collections.abc import Iterator
+from functools import lru_cache
 from itertools import pairwise
 
 import numpy as np
@@ -9,6 +10,8 @@ from .packing import bins_of
 from .phase import Phase, count_samples
 from .record import ShardError
 from .shards import Shard
+
+BLOCK_DRAWS = 1 << 10  # to compute the order of so many draws costs about as much as that of one
 
 
 class Windows:
@@ -32,16 +35,18 @@ class Windows:
 
     def rows(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """ids int64[R, L+1] and counted bool[R, L] (which targets carry loss) of these windows; -1 gives a row of padding."""
-        ids = np.full((len(numbers), self.seq_len + 1), self.pad_id, np.int64)
+        ids = np.empty((len(numbers), self.seq_len + 1), np.int64)
         counted = np.zeros((len(numbers), self.seq_len), bool)
+        ids[numbers < 0] = self.pad_id
         for row, shard, pieces in self._pieces_of_rows(numbers):
             at = 0
             for start, stop in pieces:
-                n_targets = stop - start - 1  # the first token of a piece is predicted from nothing
-                mask = shard.loss_mask(start + 1, stop) if n_targets else None
-                ids[row, at : at + stop - start] = shard.tokens(start, stop)
-                counted[row, at : at + n_targets] = True if mask is None else mask
-                at += stop - start
+                n_tokens = stop - start
+                shard.read(start, stop, ids[row, at : at + n_tokens])
+                mask = shard.loss_mask(start + 1, stop) if n_tokens > 1 else None  # a piece's first token is predicted from nothing
+                counted[row, at : at + n_tokens - 1] = True if mask is None else mask
+                at += n_tokens
+            ids[row, at:] = self.pad_id
         return ids, counted
 
     def doc_ids(self, numbers: np.ndarray) -> np.ndarray | None:
@@ -85,12 +90,15 @@ class Sampler:
         by_id = {shard.meta.shard_id: shard for shard in shards}
         for planned in phase.shards:
             if planned.shard_id not in by_id:
-                raise ShardError(f"shard {planned.name} ({planned.shard_id[:16]}), which phase {phase.name} trains on, is not "
-                                 f"among the data given. Restore its files, under any name, where data_path points.")
+                raise ShardError(
+                    f"shard {planned.name} ({planned.shard_id[:16]}), which phase {phase.name} trains on, is not "
+                    f"among the data given. Restore its files, under any name, where data_path points."
+                )
         self.phase = phase
         planned_shards = [by_id[planned.shard_id] for planned in phase.shards]
         self.windows = Windows(planned_shards, phase.seq_len, phase.document_mask, phase.packing)
         assert len(self.windows) == phase.samples, (len(self.windows), phase.samples)
+        self._block = lru_cache(maxsize=64)(self._samples_of_block)
 
     def rows(self, draws: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """ids int64[R, L+1] and counted bool[R, L] of these draws; -1 gives a row of padding."""
@@ -100,5 +108,11 @@ class Sampler:
         """Which of the windows these draws take, int64; -1 where a draw is -1."""
         numbers = np.full_like(draws, -1)
         real = draws >= 0
-        numbers[real] = self.phase.samples_at(draws[real])
+        if real.any():
+            first, last = (int(end) // BLOCK_DRAWS for end in (draws[real].min(), draws.max()))
+            samples = np.concatenate([self._block(block) for block in range(first, last + 1)])
+            numbers[real] = samples[draws[real] - first * BLOCK_DRAWS]
         return numbers
+
+    def _samples_of_block(self, block: int) -> np.ndarray:
+        return self.phase.samples_at(np.arange(block * BLOCK_DRAWS, (block + 1) * BLOCK_DRAWS))

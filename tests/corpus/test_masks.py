@@ -8,12 +8,13 @@ import pytest
 from raw_text import contents, prose, write_jsonl
 
 from llm.corpus.assemble import ShardWriter
-from llm.corpus.conversations import Template
+from llm.corpus.conversations import CHATML, Template
 from llm.corpus.look import look_at_shards
 from llm.corpus.masks import document_spans, joined
 from llm.corpus.options import ReadOptions
 from llm.corpus.tokenize_corpus import WORK, tokenize_corpus
 from llm.data.manifest import find_shards, load_manifest
+from llm.data.merge import merge_datasets
 from llm.data.shards import verify_shard
 from llm.log import UserError
 from llm.tokenizer import load_tokenizer
@@ -136,6 +137,21 @@ def test_plain_text_goes_beside_chats_of_any_form_and_chats_come_later(request_f
     tokenize_corpus(request_for(inputs=(str(tmp_path / "more"),), options=ReadOptions(template=PLAIN)))
     assert load_manifest(request_for().out).template["name"] == "plain.yaml"
     assert tokenize_corpus(request_for()).shards == []
+
+
+def test_merging_keeps_masks_and_template_and_refuses_two_forms(request_for, tmp_path, tokenizer_folder):
+    write_jsonl(tmp_path / "text" / "text.jsonl", [prose(i, 60) for i in range(10)])
+    for name, folder, template in (("a", "one", CHATML), ("b", "two", PLAIN), ("c", "text", CHATML)):
+        if folder != "text":
+            chats(tmp_path / folder / "chats.jsonl", len(folder) + (folder == "two"), 1)
+        tokenize_corpus(request_for(name, inputs=(str(tmp_path / folder),), options=ReadOptions(template=template)))
+    with pytest.raises(UserError, match="template plain.yaml .*with ChatML"):
+        merge_datasets([tmp_path / "c", tmp_path / "a", tmp_path / "b"], tmp_path / "all")
+    assert not (tmp_path / "all").exists()
+    merge_datasets([tmp_path / "c", tmp_path / "a"], tmp_path / "all")
+    assert load_manifest(tmp_path / "all").template["name"] == "ChatML"
+    apart = [pair for name in "ac" for pair in learned_texts(tmp_path / name, tokenizer_folder)]
+    assert sorted(learned_texts(tmp_path / "all", tokenizer_folder)) == sorted(apart) and len(apart) == 11
 
 
 def test_a_template_that_the_tokenizer_cannot_write_is_refused_and_nothing_is_left(request_for, mixed):
