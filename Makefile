@@ -1,6 +1,7 @@
 # make quickstart   raw text to a trained, resumed model in minutes, each step shown as the command it is
 # make test         the whole test suite
-# make torture      the fault tests in full: every signal, launcher and phase
+# make torture      the fault tests in full: every kill, signal, launcher and phase; TORTURE_SEED=N repeats one
+# make mutations    take out one safeguard at a time and see that a test fails
 # make check        style
 PYTHON ?= python3
 VENV ?= .venv
@@ -11,7 +12,7 @@ STEPS ?= 220
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
-.PHONY: quickstart install test torture check clean
+.PHONY: quickstart install test torture mutations check clean
 
 $(VENV)/installed: setup.py
 	$(PYTHON) -m venv $(VENV)
@@ -44,7 +45,10 @@ test: install
 	python -m pytest
 
 torture: install
-	TORTURE=1 python -m pytest tests/faults tests/checkpoint tests/train
+	TORTURE=1 python -m pytest tests/faults tests/checkpoint tests/train tests/data tests/corpus tests/engine/test_refused_steps.py tests/test_config.py
+
+mutations: install
+	python tests/faults/mutations.py
 
 check: install
 	ruff check .

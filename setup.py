@@ -4,10 +4,11 @@ from setuptools import find_packages, setup
 
 extras = {
     "data": ["pyarrow", "huggingface_hub"],
+    "fast": ["gigatoken>=0.10"],
     "mpi": ["mpi4py", "openmpi"],
     "chat": ["gradio"],
     "eval": ["transformers", "lm-eval"],
-    "test": ["pytest", "pytest-timeout", "ruff", "pyarrow", "huggingface_hub", "transformers"],
+    "test": ["pytest", "pytest-timeout", "ruff", "pyarrow", "huggingface_hub", "mpi4py", "openmpi", "gigatoken>=0.10", "transformers"],
 }
 
 setup(
@@ -25,6 +26,7 @@ setup(
         "numpy",
         "tokenizers",
         "tiktoken>=0.13",
+        "rustbpe",
         "pydantic>=2.7",
         "pyyaml",
         "safetensors",

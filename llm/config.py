@@ -393,6 +393,10 @@ class _StrictLoader(yaml.SafeLoader):
             raise ConfigError(f"{node.start_mark.name}: {', '.join(sorted(twice))} is given twice.")
         return super().construct_mapping(node, deep)
 
+    def construct_scalar(self, node):
+        """JSON escapes a character beyond U+FFFF as two halves, which YAML takes for two characters: join them."""
+        return super().construct_scalar(node).encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
 
 def read_mapping(path: Path) -> dict:
     """Read a YAML or JSON file that must hold a mapping."""

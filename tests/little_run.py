@@ -1,20 +1,25 @@
 """A run small enough for tests: token i of the corpus has id i, so what was fed says by its value where it came from."""
 
 import json
+import os
+import signal
 import time
 from collections import Counter
+from itertools import count
 from pathlib import Path
 
 import numpy as np
 import tokenizers
+from ranks import exit_codes, run_ranks
 
 from llm.checkpoint import folder
-from llm.checkpoint.manifest import read_manifest
+from llm.checkpoint.manifest import Manifest, read_manifest
 from llm.config import load_config
 from llm.data.ledger import Ledger
 from llm.data.manifest import write_manifest
 from llm.data.shards import token_dtype, write_shard
 from llm.dist import World
+from llm.log import UserError
 from llm.tokenizer import SPECIAL_TOKENS, load_tokenizer, tokenizer_info
 
 WORDS = 2000
@@ -71,6 +76,9 @@ def targets_of_the_corpus(*ranges: tuple[int, int]) -> Counter:
     return Counter(i for first, last in ranges for i in range(first + 1, last))
 
 
+CORPUS = targets_of_the_corpus((0, 150), (200, 341))  # of make_run
+
+
 def sit(world: World, config: str, overrides: list[str] = (), fed: str | None = None, **options) -> dict:
     """One sitting of training in this process. Notes in the folder `fed` which targets each step was fed, as the engine got them.
 
@@ -82,12 +90,17 @@ def sit(world: World, config: str, overrides: list[str] = (), fed: str | None = 
     cfg = load_config(config, list(overrides))
     wish = Wish(**{key: options.pop(key) for key in ("only_new", "reset_epoch", "dataset", "replay") if key in options})
     if fed:
-        _forget_undone(world, Path(fed), cfg.run_folder)
-        _record_what_is_fed(world, training, Path(fed), cfg.run_folder)
+        listen(world, Path(fed), cfg.run_folder)
     training.train(cfg, world, training.Options(started_at=time.monotonic(), wish=wish, **options))
     entries = folder.entries(cfg.run_folder)
     manifest = read_manifest(entries[-1].path) if entries else None
     return {"step": manifest.step, "state": manifest.state_hash, "chain": manifest.chain, "ledger": manifest.ledger} if manifest else {}
+
+
+def listen(world: World, fed: Path, run: Path) -> None:
+    """From now on each step notes in `fed` what the engine gets. Collective."""
+    _forget_undone(world, fed, run)
+    _record_what_is_fed(world, fed, run)
 
 
 def _forget_undone(world: World, fed: Path, run: Path) -> None:
@@ -96,27 +109,29 @@ def _forget_undone(world: World, fed: Path, run: Path) -> None:
     if world.rank == 0:
         for path in fed.iterdir():
             if int(path.name.split("-")[1]) >= done:
-                path.unlink()
+                path.unlink(missing_ok=True)
     world.barrier()
 
 
-def _record_what_is_fed(world: World, training, fed: Path, run: Path) -> None:
-    build = training.build_engine
+def _record_what_is_fed(world: World, fed: Path, run: Path) -> None:
+    from llm.train import start as starting
+
+    build = starting.build_engine
 
     def build_and_listen(*args):
         engine = build(*args)
         train_step, start = engine.train_step, max((e.step for e in folder.entries(run)), default=0)
-        count = iter(range(start, 10**6))
+        steps = count(start)
 
         def listening(batches, *rest):
             targets = [int(t) for batch in batches for t in batch.targets_BT.flatten() if t != -100]
-            (fed / f"step-{next(count)}-rank-{world.rank}").write_text(json.dumps(targets))
+            (fed / f"step-{next(steps)}-rank-{world.rank}").write_text(json.dumps(targets))
             return train_step(batches, *rest)
 
         engine.train_step = listening
         return engine
 
-    training.build_engine = build_and_listen
+    starting.build_engine = build_and_listen
 
 
 def fed_targets(fed: Path) -> Counter:
@@ -132,8 +147,23 @@ def fed_by_step(fed: Path) -> dict[int, list[int]]:
     return {step: sorted(targets) for step, targets in sorted(steps.items())}
 
 
+def sit_alone(tmp_path: Path, config: Path, *args, **kwargs) -> dict:
+    """One sitting in a process of its own, so that its redirected output and threads stay there."""
+    (result,) = run_ranks(sit_with, 1, tmp_path, str(config), *args, kwargs)
+    return result
+
+
+def sit_with(world: World, config: str, *args) -> dict:
+    *positional, options = args
+    return sit(world, config, *positional, **options)
+
+
+def newest_manifest(config: Path) -> Manifest:
+    return read_manifest(folder.entries(load_config(config).run_folder)[-1].path)
+
+
 def newest_ledger(config: Path) -> Ledger:
-    return Ledger.from_json(read_manifest(folder.entries(load_config(config).run_folder)[-1].path).ledger)
+    return Ledger.from_json(newest_manifest(config).ledger)
 
 
 def losses(config: Path) -> dict[int, float]:
@@ -141,3 +171,32 @@ def losses(config: Path) -> dict[int, float]:
     path = load_config(config).log_folder / "metrics.jsonl"
     records = [json.loads(line) for line in path.read_text().splitlines()]
     return {r["step"]: r["train/loss"] for r in records if "train/loss" in r}
+
+
+def message_of(world: World, config: str, overrides: list[str]) -> str:
+    """The user's mistake that a sitting ends with, or `went on`."""
+    try:
+        sit(world, config, overrides)
+    except UserError as error:
+        return f"{type(error).__name__}: {error}"
+    return "went on"
+
+
+def run_and_kill(tmp_path: Path, config: Path, fed: Path, after: int, save: str = "async_save=true") -> int:
+    """A sitting whose process kills itself once `after` updates are applied; its exit code."""
+    (code,) = exit_codes(sit_until_killed, 1, tmp_path, str(config), str(fed), after, save)
+    return code
+
+
+def sit_until_killed(world: World, config: str, fed: str, after: int, save: str) -> None:
+    from llm.train import loop
+
+    applied, chain = count(1), loop.chain
+
+    def count_and_die(*args):
+        if next(applied) == after:
+            os.kill(os.getpid(), signal.SIGKILL)
+        return chain(*args)
+
+    loop.chain = count_and_die
+    sit(world, config, ["save_every=2", save], fed, retry_anyway=True)

@@ -1,6 +1,7 @@
 """Real processes for tests: `run_ranks` starts them, lets them meet over gloo through a file, and brings their results back.
 
-They are forked from a server that has imported torch and DeepSpeed once, which takes seconds, and has done nothing else.
+They are forked from a server that has imported torch and DeepSpeed once, which takes seconds, and has done nothing else. What they print goes
+where the server's output went when it was started, so tests of what a rank says ask the rank, or read a file.
 """
 
 import json
@@ -14,20 +15,46 @@ from llm import dist
 
 IMPORTED_ONCE = [
     "llm.train.run", "llm.engine.deepspeed_engine", "llm.generate.load", "deepspeed", "deepspeed.runtime.zero.stage3",
-    "deepspeed.runtime.zero.stage_1_and_2", "torch._inductor.compile_fx", "torch.utils.tensorboard", "setuptools",
+    "deepspeed.runtime.zero.stage_1_and_2", "torch._inductor.compile_fx", "torch.utils.tensorboard", "setuptools", "pytest",
 ]  # fmt: skip
+
+
+def fork(target, *args) -> multiprocessing.Process:
+    """Start `target(*args)`, a module-level function, in a process of its own."""
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(IMPORTED_ONCE)
+    process = context.Process(target=_with_environment, args=(target, dict(os.environ), args), daemon=True)
+    process.start()
+    return process
+
+
+def _with_environment(target, environment: dict, args: tuple) -> None:
+    import torch
+
+    os.environ.clear()  # the server has the environment of its own start
+    os.environ.update(environment)
+    torch.set_num_threads(1)
+    target(*args)
 
 
 def run_ranks(fn, world_size: int, tmp_path: Path, *args, timeout_s: float = 120) -> list:
     """Run `fn(world, *args)` on `world_size` ranks and return their (JSON-able) results by rank. `fn` is a module-level function."""
+    codes, meeting = _run(fn, world_size, tmp_path, args, timeout_s)
+    errors = [(meeting / f"{rank}.error").read_text() for rank in range(world_size) if (meeting / f"{rank}.error").exists()]
+    assert not errors, "\n".join(errors)
+    assert all(code == 0 for code in codes), codes
+    return [json.loads((meeting / f"{rank}.json").read_text()) for rank in range(world_size)]
+
+
+def exit_codes(fn, world_size: int, tmp_path: Path, *args, timeout_s: float = 120) -> list[int]:
+    """Run `fn(world, *args)` on `world_size` ranks that need not come to an end by themselves; how each ended."""
+    return _run(fn, world_size, tmp_path, args, timeout_s)[0]
+
+
+def _run(fn, world_size: int, tmp_path: Path, args: tuple, timeout_s: float) -> tuple[list[int], Path]:
     meeting = tmp_path / f"meet-{len(list(tmp_path.iterdir()))}"
     meeting.mkdir()
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload(IMPORTED_ONCE)
-    common = (str(meeting), dict(os.environ), args)  # the server has the environment of its own start
-    processes = [context.Process(target=_one_rank, args=(fn, rank, world_size, *common), daemon=True) for rank in range(world_size)]
-    for process in processes:
-        process.start()
+    processes = [fork(_one_rank, fn, rank, world_size, str(meeting), args) for rank in range(world_size)]
     try:
         for process in processes:
             process.join(timeout_s)
@@ -36,18 +63,10 @@ def run_ranks(fn, world_size: int, tmp_path: Path, *args, timeout_s: float = 120
     finally:
         for process in processes:
             process.kill()
-    errors = [(meeting / f"{rank}.error").read_text() for rank in range(world_size) if (meeting / f"{rank}.error").exists()]
-    assert not errors, "\n".join(errors)
-    assert all(p.exitcode == 0 for p in processes), [p.exitcode for p in processes]
-    return [json.loads((meeting / f"{rank}.json").read_text()) for rank in range(world_size)]
+    return [process.exitcode for process in processes], meeting
 
 
-def _one_rank(fn, rank: int, world_size: int, meeting: str, environment: dict, args: tuple) -> None:
-    import torch
-
-    os.environ.clear()
-    os.environ.update(environment)
-    torch.set_num_threads(1)
+def _one_rank(fn, rank: int, world_size: int, meeting: str, args: tuple) -> None:
     try:
         world = dist.start(init_method=f"file://{meeting}/rendezvous", place=(rank, world_size, rank), timeout_minutes=1)
         result = fn(world, *args)

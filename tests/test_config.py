@@ -27,6 +27,10 @@ def test_a_field_name_belongs_to_one_section_so_that_flat_files_are_unambiguous(
     assert len(OWNER) == sum(len(section.model_fields) for section in SECTIONS.values())
 
 
+def test_characters_that_json_escapes_in_two_halves_are_read_whole(tmp_path):
+    assert load_config(config_file(tmp_path, tokenizer_path="läuft-走-🙂")).tokenizer.tokenizer_path == "läuft-走-🙂"
+
+
 def test_a_flat_json_and_a_yaml_with_sections_give_the_same_run(tmp_path):
     (tmp_path / "run.yaml").write_text(
         "model: {n_layers: 2, d_model: 64, n_heads: 4, d_ff: 128, seq_len: 32}\ntokenizer: {tokenizer_path: t}\n"

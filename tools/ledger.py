@@ -56,6 +56,12 @@ def _open(run: str, step: int | None = None):
     return manifest, Ledger.from_json(manifest.ledger), line
 
 
+def _shards_at_hand(manifest, args):
+    from llm.data.at_hand import ShardsAtHand, configured_paths
+
+    return ShardsAtHand(args.data or configured_paths(manifest.config))
+
+
 def _show(args) -> None:
     from llm.data.seen import seen_view
 
@@ -81,8 +87,13 @@ def _verify(args) -> None:
 
     manifest, ledger, line = _open(args.run, args.step)
     print(line)
-    data = _Data(manifest.config, args.data)
-    problems = [*step_problems(ledger, manifest.step), *data.problems(ledger, args.quick)]
+    data = _shards_at_hand(manifest, args)
+    problems = step_problems(ledger, manifest.step)
+    if data.is_reachable:
+        problems += data.problems(ledger, args.quick)
+        print(f"shards: {data.count(ledger)} found by content, {'not read (--quick)' if args.quick else 'every byte read'}")
+    else:
+        print(f"shards: none of {', '.join(data.paths)} is there, so they were not looked for; --data PATH says where they are now")
     with progress(sum(phase.consumed for phase in ledger.phases), "recounting", "draws") as bar:
         audits = [audit_phase(phase, data.shards, bar.advance) for phase in ledger.phases]
     for audit in audits:
@@ -120,79 +131,6 @@ def _token_problems(trained: int, recounted: int, masks_known: bool) -> list[str
     return [f"{trained:,} tokens were trained on, the applied samples have {recounted:,}"]
 
 
-class _Data:
-    """The shards that can be found, by content, in the folders that the run's config or --data names."""
-
-    def __init__(self, config: dict, paths: list[str] | None):
-        self.paths = paths or _configured(config)
-        self.shards, self.sources, self.damage = {}, [], []
-        self.is_reachable = False
-        for path in self.paths:
-            self._add(Path(path))
-
-    def _add(self, path: Path) -> None:
-        from llm.data.manifest import FILE_NAME, load_manifest
-        from llm.data.shard_meta import META_SUFFIX
-        from llm.data.shards import Shard
-
-        metas = [path.with_name(path.name.removesuffix(".bin").removesuffix(META_SUFFIX) + META_SUFFIX)]
-        if path.is_dir():
-            metas = sorted(path.glob(f"*{META_SUFFIX}"))
-            self.sources += load_manifest(path).sources if (path / FILE_NAME).exists() else []
-        self.is_reachable |= path.exists()
-        for meta in metas:
-            try:
-                shard = Shard.open(meta)
-                self.shards.setdefault(shard.meta.shard_id, shard)
-            except UserError as error:
-                self.damage.append(str(error))
-
-    def problems(self, ledger, quick: bool) -> list[str]:
-        """What is wrong with the shards that the ledger lists; also prints how many there are."""
-        if not self.is_reachable:
-            print(f"shards: none of {', '.join(self.paths)} is there, so they were not looked for; --data PATH says where they are now")
-            return []
-        listed = {shard.shard_id: shard for phase in ledger.phases for shard in phase.shards}
-        missing = [shard for shard_id, shard in listed.items() if shard_id not in self.shards]
-        there = [self.shards[shard_id] for shard_id in listed if shard_id in self.shards]
-        problems = [f"shard {s.name} ({s.shard_id[:16]}) of {s.n_tokens:,} tokens is not in {', '.join(self.paths)}" for s in missing]
-        problems += self.damage if missing else []
-        problems += [] if quick else _unreadable(there)
-        for shard in there:
-            told, meta = listed[shard.meta.shard_id], shard.meta
-            if (told.n_tokens, sorted(told.unit_ids)) != (meta.n_tokens, sorted(meta.unit_ids)):
-                problems.append(f"{meta.path}: has {meta.n_tokens:,} tokens and {len(meta.unit_ids):,} units, "
-                                f"the ledger says {told.n_tokens:,} and {len(told.unit_ids):,}")  # fmt: skip
-        print(f"shards: {len(there):,} of {len(listed):,} found by content, {'not read (--quick)' if quick else 'every byte read'}")
-        return problems
-
-    def is_whole(self, ledger) -> bool:
-        return ledger.shards_held() <= self.shards.keys()
-
-
-def _configured(config: dict) -> list[str]:
-    """Where the config has its data; a .jsonl of ids has become a shard beside it, or in the run's folder."""
-    paths, checkpoint = config["data"]["data_path"], config["checkpoint"]
-    found = [paths] if isinstance(paths, str) else list(paths.values()) if isinstance(paths, dict) else paths
-    run = Path(checkpoint["checkpoint_dir"]) / checkpoint["run_name"]
-    imported = [str(folder / f"{Path(p).stem}.imported") for p in found if p.endswith(".jsonl") for folder in (Path(p).parent, run)]
-    return [p for p in found if not p.endswith(".jsonl")] + [p for p in imported if Path(p).is_dir()]
-
-
-def _unreadable(shards: list) -> list[str]:
-    from llm.data.shards import verify_shard
-    from llm.log import progress
-
-    problems = []
-    with progress(sum(shard.meta.files["bin"]["bytes"] for shard in shards), "reading shards", "bytes") as bar:
-        for shard in shards:
-            try:
-                verify_shard(shard, bar)
-            except (UserError, OSError) as error:
-                problems.append(str(error))
-    return problems
-
-
 # ---------------------------------------------------------------- skipped
 
 
@@ -201,7 +139,7 @@ def _skipped(args) -> None:
 
     manifest, ledger, line = _open(args.run, args.step)
     print(line)
-    data = _Data(manifest.config, args.data)
+    data = _shards_at_hand(manifest, args)
     for phase, skipped in [(p, s) for p in ledger.phases for s in p.skipped]:
         print(f"\nstep {skipped.step:,}, phase {phase.name} ({phase.dataset}), draws {skipped.start:,} to {skipped.stop - 1:,}: {skipped.reason}")
         for draw, origin in enumerate(origins(phase, skipped.start, skipped.stop, data.shards), skipped.start):
@@ -248,7 +186,7 @@ def _seen(args) -> None:
     print(line)
     by_unit = seen_by_unit(ledger)
     is_shard = args.file.name.endswith((".bin", ".meta.json"))
-    data = _Data(manifest.config, args.data)
+    data = _shards_at_hand(manifest, args)
     weights = _units_of_shard(args.file) if is_shard else _units_of_text(args, data.sources, set(by_unit))
     held_out = sum(u.get("docs", 0) for s in data.shards.values() if s.meta.role == "val" for u in s.meta.units if u["unit_id"] in weights)
     share = sum(weights[unit] * by_unit.get(unit, 0.0) for unit in weights) / max(1, sum(weights.values()))

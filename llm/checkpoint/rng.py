@@ -1,10 +1,17 @@
 """Random number generators of this process as plain JSON."""
 
 import base64
+import json
 import random
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+
+from llm.checkpoint.manifest import read_small
+from llm.checkpoint.slices import CheckpointError
+
+MOST_BYTES = 1 << 20
 
 
 def rng_state() -> dict[str, Any]:
@@ -21,6 +28,14 @@ def rng_state() -> dict[str, Any]:
     if torch.cuda.is_available():
         state["cuda"] = _encode(torch.cuda.get_rng_state())
     return state
+
+
+def load_rng_state(path: Path) -> None:
+    """Put every generator back to where `rng_state` found it, from a rank's file in a checkpoint. Raises CheckpointError that names it."""
+    try:
+        set_rng_state(json.loads(read_small(path, MOST_BYTES)))
+    except (OSError, ValueError, LookupError, TypeError, OverflowError, RuntimeError, RecursionError) as error:
+        raise CheckpointError(f"{path}: holds no states of random number generators ({type(error).__name__}: {error}).") from None
 
 
 def set_rng_state(state: dict[str, Any]) -> None:

@@ -1,35 +1,28 @@
 """A sitting from start to end: open the data, find where the run stands, build model and engine, train phase after phase, tell what happened."""
 
-import json
 import time
 from collections.abc import Callable
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from torch import nn
-
 from llm.checkpoint import folder
 from llm.checkpoint.lock import LockError, RunLock
-from llm.checkpoint.resume import Checkpoint, newest, open_checkpoint
-from llm.checkpoint.rng import set_rng_state
+from llm.checkpoint.resume import Checkpoint, newest
 from llm.checkpoint.saver import SaveFailed
-from llm.checkpoint.slices import CheckpointError, state_hash
 from llm.config import BatchPlan, ConfigError, RunConfig, batch_plan
 from llm.data.ledger import Ledger
 from llm.data.sampler import Sampler
 from llm.data.shards import Shard
 from llm.data.stream import Stream, eval_batches
 from llm.dist import World
-from llm.engine import Engine, build_engine, process
+from llm.engine import Engine, process
 from llm.log import log, route_output
 from llm.model.flops import count_params, flops_per_token, peak_flops
-from llm.model.init import build_model
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.anneal import CHANGED_BY_ANNEAL, Fork, find_fork
 from llm.train.budget import Sitting, horizon
 from llm.train.datasets import open_shards, pool
-from llm.train.drift import check_drift
 from llm.train.exits import ExitNote
 from llm.train.faults import StopFlag
 from llm.train.keeper import Keeper
@@ -37,6 +30,7 @@ from llm.train.loop import Progress, train_phase
 from llm.train.metrics import Metrics
 from llm.train.phases import Wish, choose_phase
 from llm.train.probe import ACCEPT, Probe, probe_shards
+from llm.train.start import build_loaded_engine, check_identity, open_source, position
 from llm.train.summary import tell_sitting
 from llm.train.validate import token_byte_lengths, validate
 from llm.train.watchdog import Watchdog
@@ -108,8 +102,9 @@ def _train(
     begins = fork is not None and checkpoint is None
     checkpoint = world.together(fork.open) if begins else checkpoint
     if checkpoint:
-        world.together(lambda: _check_identity(checkpoint, cfg, tokenizer, options, CHANGED_BY_ANNEAL if begins else ()))
-    at = _position(checkpoint)
+        accepted = [*options.accept_change, *(CHANGED_BY_ANNEAL if begins else ())]
+        world.together(lambda: check_identity(checkpoint, cfg, tokenizer, options.init_from, accepted))
+    at = position(checkpoint)
     plan = world.together(lambda: batch_plan(cfg, world.size, checkpoint.manifest.global_rows if checkpoint else None))
 
     def choose(wish: Wish) -> Ledger | str:
@@ -121,13 +116,13 @@ def _train(
         return
     if fork:
         world.together(lambda: fork.check_data(chosen, plan.global_rows, at.step))
-    source = world.together(lambda: _source(options.init_from, tokenizer) if checkpoint is None else None)
+    source = world.together(lambda: open_source(options.init_from, tokenizer) if checkpoint is None else None)
     world.on_rank_0(lambda: _make_folders(cfg, lock))
     route_output(cfg.log_folder / f"rank-{world.rank}.log")
     note.begin(at, options.retry_anyway)
     if not cfg.train.batch_tokens:  # the run's own global batch, which another number of ranks cuts otherwise
         cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"grad_accum": plan.accumulation})})
-    engine = _engine(cfg, world, checkpoint, source)
+    engine = build_loaded_engine(cfg, world, checkpoint, source)
     probe = Probe(cfg, plan, world, engine, probe_shards(pool(train_shards), chosen))
     if checkpoint:
         world.together(lambda: probe.check(checkpoint.manifest, ACCEPT in options.accept_change))
@@ -180,84 +175,6 @@ def _make_folders(cfg: RunConfig, lock: RunLock) -> None:
             f"{error.filename or cfg.run_folder}: cannot be written ({error.strerror}). Checkpoints and logs go there: change "
             f"checkpoint.checkpoint_dir or log.out_dir, or the folder's permissions."
         ) from None
-
-
-def _check_identity(checkpoint: Checkpoint, cfg: RunConfig, tokenizer: Tokenizer, options: Options, accepted: tuple[str, ...]) -> None:
-    saved = checkpoint.manifest.tokenizer_fingerprint
-    if saved != tokenizer.fingerprint:
-        raise CheckpointError(
-            f"{cfg.tokenizer.tokenizer_path}: this is another tokenizer than the run's: fingerprint {tokenizer.fingerprint[:16]}, the run "
-            f"was trained with {saved[:16]}. That one lies in {checkpoint.folder / 'tokenizer'}; point tokenizer.tokenizer_path there, "
-            f"or start another run with checkpoint.run_name=NAME."
-        )
-    if options.init_from:
-        raise ConfigError(
-            f"--init-from starts a new run, but {cfg.run_folder} has a checkpoint of step {checkpoint.manifest.step:,}. "
-            f"Choose another checkpoint.run_name, or leave --init-from out to go on."
-        )
-    check_drift(checkpoint.manifest.config, cfg, [*options.accept_change, *accepted])
-
-
-def _position(checkpoint: Checkpoint | None) -> Progress:
-    if checkpoint is None:
-        return Progress(step=0, tokens_seen=0, ledger=Ledger(()), chain="")
-    manifest = checkpoint.manifest
-    return Progress(
-        manifest.step,
-        manifest.tokens_seen,
-        Ledger.from_json(manifest.ledger),
-        manifest.chain,
-        manifest.engine["optimizer_step"],
-        dict(manifest.metrics),
-        recent={key: list(values) for key, values in manifest.recent.items()},
-    )
-
-
-def _engine(cfg: RunConfig, world: World, checkpoint: Checkpoint | None, source: Checkpoint | None) -> Engine:
-    """Model and engine with the checkpoint's state in them, verified by its state hash."""
-    model = build_model(cfg.model, cfg.train.seed)
-    if source:
-        world.together(lambda: _copy_weights(source, model))
-    engine = world.together(lambda: build_engine(cfg, world, model))
-    if checkpoint is None:
-        return engine
-    engine.load_slices(checkpoint.reader)
-    engine.load_state(checkpoint.manifest.engine)
-    (loaded,) = world.sum_ints([state_hash(engine.local_slices())])
-    if loaded != checkpoint.manifest.state_hash:
-        raise CheckpointError(
-            f"{checkpoint.folder}: the state that was loaded has hash {loaded}, the checkpoint was saved with {checkpoint.manifest.state_hash}. "
-            f"Its files are sound, so this is a fault of the program or of this machine's memory; nothing was changed."
-        )
-    rng = checkpoint.folder / f"rank-{world.rank:05d}-of-{world.size:05d}.json"
-    if rng.exists():
-        set_rng_state(json.loads(rng.read_text()))
-    return engine
-
-
-def _source(init_from: str | None, tokenizer: Tokenizer) -> Checkpoint | None:
-    """The checkpoint that --init-from names."""
-    if init_from is None:
-        return None
-    source = open_checkpoint(init_from)
-    theirs = source.manifest.tokenizer_fingerprint
-    if theirs != tokenizer.fingerprint:
-        raise CheckpointError(
-            f"{source.folder}: was trained with tokenizer {theirs[:16]}, this run uses {tokenizer.fingerprint[:16]}, and its weights mean "
-            f"nothing for other ids. Set tokenizer.tokenizer_path={source.folder / 'tokenizer'}."
-        )
-    return source
-
-
-def _copy_weights(source: Checkpoint, model: nn.Module) -> None:
-    """Weights alone: a new run has its own moments and ledger."""
-    here, there = {name: tuple(p.shape) for name, p in model.named_parameters()}, dict(source.manifest.shapes)
-    if here != there:
-        odd = [f"{n}: {there.get(n)} there, {here.get(n)} here" for n in sorted({*here, *there}) if there.get(n) != here.get(n)]
-        raise CheckpointError(f"{source.folder}: its model has other dimensions ({'; '.join(odd[:3])}). Use the same model section.")
-    for name, parameter in model.named_parameters():
-        parameter.data.copy_(source.reader.read_full(name))
-    log.info(f"weights from {source.folder}")
 
 
 def _stream(ledger: Ledger, shards: dict[str, list[Shard]], plan: BatchPlan, world: World) -> Stream:

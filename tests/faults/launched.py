@@ -28,14 +28,15 @@ def launcher(name: str) -> list:
 class Launched:
     """`with Launched(...) as run:` starts it; leaving the block kills whatever still runs."""
 
-    def __init__(self, name: str, config: Path, *words: str, fault: str | None = None, script: str = "tests/faults/held_train.py", **env: str):
+    def __init__(self, name: str, config: Path, *words: str, fault: str | None = None, **env: str):
+        script = "tests/faults/faulty_train.py" if fault or "FED" in env else "launch/train.py"
         self.hold = config.parent / "hold"
         self.hold.mkdir(exist_ok=True)
         environment = os.environ | {
             "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "NO_COLOR": "1",
             "HOLD": str(self.hold),
         } | ({"FAULT": fault} if fault else {}) | env  # fmt: skip
-        self.command = [str(w) for w in (*launcher(name), script if fault else "launch/train.py", "--config", config, *words)]
+        self.command = [str(w) for w in (*launcher(name), script, "--config", config, *words)]
         self.process = subprocess.Popen(
             self.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )
@@ -56,6 +57,11 @@ class Launched:
         files = [self.hold / f"reached-{rank}" for rank in ranks]
         self.until(lambda: all(f.exists() for f in files), f"ranks {ranks} held")
         return [int(f.read_text()) for f in files]
+
+    def forget(self) -> None:
+        """Let the next launch of this run meet the test anew."""
+        for path in self.hold.iterdir():
+            path.unlink()
 
     def go(self) -> None:
         (self.hold / "go").touch()

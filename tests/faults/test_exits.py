@@ -1,16 +1,13 @@
-"""What a launcher and the next sitting learn of an end: the exit code, exit.json, hangs that end, retries that do not go on for ever."""
+"""What a launcher and the next sitting learn of an end: the exit code, exit.json, and retries that do not go on for ever."""
 
-import json
-import os
-import signal
 from pathlib import Path
 
 import pytest
 from launched import Launched
 from little_run import make_run
+from lives import exit_note, live, start
 
-from llm.checkpoint import folder
-from llm.cli import MISTAKE, NEEDS_A_PERSON, RETRY
+from llm.cli import NEEDS_A_PERSON
 
 pytestmark = pytest.mark.timeout(150)
 
@@ -20,68 +17,30 @@ def config(tmp_path) -> Path:
     return make_run(tmp_path, epochs=1000, save_every=2)
 
 
-def exit_note(config: Path) -> dict:
-    return json.loads((config.parent / "checkpoints/little/logs/exit.json").read_text())
-
-
-def test_a_sitting_that_is_over_leaves_0_and_a_mistake_leaves_2(config):
-    with Launched("python", config, "--steps-today", "3") as run:
-        run.ended()
-        note = exit_note(config)
-        assert (run.process.returncode, note["code"], note["kind"], note["step"]) == (0, 0, "done", 3)
-        assert note["why"] == "--steps-today 3 done" and note["pid"] == run.process.pid and note["host"]
-    with Launched("python", config, "lr=1") as run:
-        run.ended()
-        assert run.process.returncode == MISTAKE
-
-
-def test_a_rank_that_dies_makes_the_others_leave_with_the_code_for_a_retry(config):
-    with Launched("torchrun", config, "async_save=false", fault="step 4 all") as run:  # else a save may be on its way
-        pids = run.reached(0, 1)
-        os.kill(pids[1], signal.SIGKILL)
-        run.go()
-        output = run.ended()
+def test_a_sitting_that_is_over_leaves_0(config):
+    assert live(config, 1, steps_today=3).codes == [0]
     note = exit_note(config)
-    assert (note["code"], note["kind"], note["rank"], note["step"]) == (RETRY, "retryable", 0, 3), output
-    assert "lost another rank" in note["why"] and [e.step for e in folder.entries(config.parent / "checkpoints/little")] == [2]
-
-
-@pytest.mark.parametrize("fault", ["step 4 all", "save 0 all"])
-def test_when_a_rank_stands_still_the_other_shows_its_stacks_and_leaves_in_time(config, fault):
-    with Launched("torchrun", config, "hang_timeout_s=3", fault=fault) as run:
-        pids = run.reached(0, 1)
-        os.kill(pids[1], signal.SIGSTOP)
-        run.go()
-        run.until(lambda: pids[0] not in run.alive(), "rank 0 leaves", limit_s=40)  # torchrun waits another 30 s for the one that stands still
-        output = run.output
-    note = exit_note(config)
-    assert (note["code"], note["kind"], note["rank"]) == (RETRY, "retryable", 0), output
-    doing = fault.split()[0].replace("save", "saving")
-    assert f"rank 0 hangs: {doing}" in note["why"] and f"error: rank 0 hangs: {doing}" in output
-    stacks = (config.parent / "checkpoints/little/logs/rank-0.log").read_text()
-    assert "Current thread" in stacks and "train_phase" in stacks and "watchdog.py" in stacks
+    assert (note["code"], note["kind"], note["step"]) == (0, "done", 3)
+    assert note["why"] == "--steps-today 3 done" and note["pid"] and note["host"]
 
 
 def test_a_slow_rank_that_goes_on_in_time_is_not_a_hang(config):
-    with Launched("torchrun", config, "hang_timeout_s=20", "--steps-today", "4", fault="step 3 1") as run:
-        run.reached(1)
-        run.go()
-        output = run.ended()
-    assert exit_note(config)["code"] == 0 and run.process.returncode == 0, output
+    group = start(config, 2, "hang_timeout_s=20", fault="step:1:3:hold", steps_today=4)
+    group.reached(1)
+    group.go()
+    life = group.ended()
+    assert life.codes == [0, 0] and exit_note(config)["code"] == 0, life.output
 
 
 def test_restarts_without_progress_end_with_a_refusal_until_told_to_retry(config):
-    with Launched("torchrun", config, "save_every=0", fault="crash 2 all", PET_MAX_RESTARTS="3") as run:
+    with Launched("torchrun", config, "save_every=0", fault="step:all:2:crash", PET_MAX_RESTARTS="1") as run:
         output = run.ended()
-    assert "all failed" in output, output  # the fourth start
-    with Launched("python", config, fault="crash 2 all") as run:
-        output = run.ended()
-    assert run.process.returncode == NEEDS_A_PERSON, output
-    assert "all failed" in output and "--retry-anyway" in output
+    assert output.count("made for the test") >= 2, output  # it was started twice
+    third = live(config, 2, fault="step:all:2:crash", retry_anyway=False)
+    assert third.codes == [1, 1] and "all failed" not in third.output, third.output
+    fourth = live(config, 2, fault="step:all:2:crash", retry_anyway=False)
+    assert fourth.codes == [NEEDS_A_PERSON] * 2, fourth.output
+    assert "The last 3 sittings" in fourth.output and "--retry-anyway" in fourth.output
     assert (exit_note(config)["code"], exit_note(config)["kind"]) == (NEEDS_A_PERSON, "permanent")
-    with Launched("python", config, "--retry-anyway", "--steps-today", "3") as run:
-        run.ended()
-    assert (run.process.returncode, exit_note(config)["step"]) == (0, 3)
-    with Launched("python", config, "--steps-today", "1") as run:
-        run.ended()
-    assert run.process.returncode == 0
+    assert live(config, 2, steps_today=3, retry_anyway=True).codes == [0, 0] and exit_note(config)["step"] == 3
+    assert live(config, 1, steps_today=1, retry_anyway=False).codes == [0]

@@ -6,6 +6,7 @@ import signal
 from pathlib import Path
 
 import pytest
+from counts import TORTURE
 from launched import Launched
 from little_run import make_run
 
@@ -30,20 +31,28 @@ def sittings(config: Path) -> list[dict]:
 # What is asked: launcher, who is told, with what, the phase that is held on all ranks meanwhile, the step of the one checkpoint afterwards.
 # None: the deepspeed command is gone and only looked for twice a second, so the step is not foreseeable.
 ASKED = {
-    "launcher, SIGTERM, step": ("torchrun", "launcher", signal.SIGTERM, "step 3 all", 3),
-    "launcher, SIGINT, eval": ("torchrun", "launcher", signal.SIGINT, "eval 0 all", 2),
-    "launcher, SIGHUP, save": ("torchrun", "launcher", signal.SIGHUP, "save 0 all", 2),
-    "launcher, SIGUSR1 passed on, step": ("torchrun that passes SIGUSR1 on", "launcher", signal.SIGUSR1, "step 3 all", 3),
-    "launcher, SIGUSR1 not passed on, step": ("torchrun", "launcher", signal.SIGUSR1, "step 3 all", 3),
-    "launcher, SIGTERM, init": ("torchrun", "launcher", signal.SIGTERM, "init 0 all", 0),
-    "worker 1, SIGUSR1, step": ("torchrun", "worker", signal.SIGUSR1, "step 3 all", 3),
-    "worker 1, SIGHUP, eval": ("deepspeed", "worker", signal.SIGHUP, "eval 0 all", 2),
-    "all at once, SIGINT, step": ("torchrun", "all", signal.SIGINT, "step 3 all", 3),
-    "all at once, SIGTERM, save": ("deepspeed", "all", signal.SIGTERM, "save 0 all", 2),
-    "launcher, SIGTERM, step, deepspeed": ("deepspeed", "launcher", signal.SIGTERM, "step 3 all", None),
-    "launcher, SIGKILL, eval, deepspeed": ("deepspeed", "launcher", signal.SIGKILL, "eval 0 all", None),
-    "launcher, SIGKILL, step": ("torchrun", "launcher", signal.SIGKILL, "step 3 all", 3),
-    "worker 0, SIGUSR1, save, alone": ("python", "worker", signal.SIGUSR1, "save 0 all", 2),
+    "launcher, SIGTERM, step": ("torchrun", "launcher", signal.SIGTERM, "step:all:3:hold", 3),
+    "launcher, SIGINT, eval": ("torchrun", "launcher", signal.SIGINT, "eval:all:1:hold", 2),
+    "launcher, SIGHUP, save": ("torchrun", "launcher", signal.SIGHUP, "save:all:1:hold", 2),
+    "launcher, SIGUSR1 passed on, step": ("torchrun that passes SIGUSR1 on", "launcher", signal.SIGUSR1, "step:all:3:hold", 3),
+    "launcher, SIGUSR1 not passed on, step": ("torchrun", "launcher", signal.SIGUSR1, "step:all:3:hold", 3),
+    "launcher, SIGTERM, init": ("torchrun", "launcher", signal.SIGTERM, "init:all:1:hold", 0),
+    "worker 1, SIGUSR1, step": ("torchrun", "worker", signal.SIGUSR1, "step:all:3:hold", 3),
+    "worker 1, SIGHUP, eval": ("deepspeed", "worker", signal.SIGHUP, "eval:all:1:hold", 2),
+    "all at once, SIGINT, step": ("torchrun", "all", signal.SIGINT, "step:all:3:hold", 3),
+    "all at once, SIGTERM, save": ("deepspeed", "all", signal.SIGTERM, "save:all:1:hold", 2),
+    "launcher, SIGTERM, step, deepspeed": ("deepspeed", "launcher", signal.SIGTERM, "step:all:3:hold", None),
+    "launcher, SIGKILL, eval, deepspeed": ("deepspeed", "launcher", signal.SIGKILL, "eval:all:1:hold", None),
+    "launcher, SIGKILL, step": ("torchrun", "launcher", signal.SIGKILL, "step:all:3:hold", 3),
+    "launcher, SIGTERM, compile": ("torchrun", "launcher", signal.SIGTERM, "compile:all:1:hold", 1),
+    "worker 1, SIGINT, init": ("torchrun", "worker", signal.SIGINT, "init:all:1:hold", 0),
+    "worker 1, SIGTERM, compile": ("deepspeed", "worker", signal.SIGTERM, "compile:all:1:hold", 1),
+    "all at once, SIGTERM, eval": ("torchrun", "all", signal.SIGTERM, "eval:all:1:hold", 2),
+    "all at once, SIGINT, init": ("deepspeed", "all", signal.SIGINT, "init:all:1:hold", 0),
+    "worker 1, SIGTERM, save": ("torchrun", "worker", signal.SIGTERM, "save:all:1:hold", 2),
+    "worker 0, SIGINT, compile, alone": ("python", "worker", signal.SIGINT, "compile:all:1:hold", 1),
+    "worker 0, SIGHUP, eval, alone": ("python", "worker", signal.SIGHUP, "eval:all:1:hold", 2),
+    "worker 0, SIGUSR1, save, alone": ("python", "worker", signal.SIGUSR1, "save:all:1:hold", 2),
 }
 
 
@@ -51,7 +60,7 @@ ASKED = {
 SAMPLE = ["launcher, SIGTERM, step", "launcher, SIGUSR1 not passed on, step", "worker 1, SIGHUP, eval", "launcher, SIGKILL, eval, deepspeed"]
 
 
-@pytest.mark.parametrize("case", ASKED if os.environ.get("TORTURE") else SAMPLE)
+@pytest.mark.parametrize("case", ASKED if TORTURE else SAMPLE)
 def test_a_signal_ends_every_rank_with_one_checkpoint_and_leaves_no_orphan(config, case):
     name, who, number, fault, expected = ASKED[case]
     ranks = (0,) if name == "python" else (0, 1)
@@ -74,9 +83,10 @@ def test_a_signal_ends_every_rank_with_one_checkpoint_and_leaves_no_orphan(confi
     assert "Traceback" not in (config.parent / "checkpoints/little/logs/rank-0.log").read_text()
 
 
-@pytest.mark.parametrize("phase", ["step 3", "save 0"])
+@pytest.mark.parametrize("phase", ["step", "save"])
 def test_a_second_signal_leaves_at_once_and_nothing_half_published(config, phase):
-    with Launched("python", config, "save_every=2", "async_save=false", fault=f"{phase} all") as run:  # else one may be on its way
+    fault = {"step": "step:all:3:hold", "save": "save:all:1:hold"}[phase]
+    with Launched("python", config, "save_every=2", "async_save=false", fault=fault) as run:  # else one may be on its way
         (pid,) = run.reached(0)
         os.kill(pid, signal.SIGTERM)
         run.until(lambda: "SIGTERM: finishing" in run.output, "the first is noted")
@@ -89,11 +99,11 @@ def test_a_second_signal_leaves_at_once_and_nothing_half_published(config, phase
         run.until(gone, "the second leaves", limit_s=10)
     assert run.process.returncode == 128 + signal.SIGTERM
     assert "saved" not in run.output.rpartition("SIGTERM: finishing")[2]
-    assert checkpoints(config) == ([2] if phase == "step 3" else [])
+    assert checkpoints(config) == ([2] if phase == "step" else [])
 
 
 def test_a_run_whose_terminal_was_closed_saves_all_the_same(config):
-    with Launched("python", config, fault="step 3 all") as run:
+    with Launched("python", config, fault="step:all:3:hold") as run:
         (pid,) = run.reached(0)
         os.dup2(os.open(os.devnull, os.O_RDONLY), run.process.stdout.fileno())  # nobody holds the reading end of its output any more
         os.kill(pid, signal.SIGHUP)
@@ -103,7 +113,7 @@ def test_a_run_whose_terminal_was_closed_saves_all_the_same(config):
 
 
 def test_under_nohup_a_hangup_changes_nothing(config):
-    with Launched("python", config, "--steps-today", "4", fault="step 3 all", NOHUP="1") as run:
+    with Launched("python", config, "--steps-today", "4", fault="step:all:3:hold", NOHUP="1") as run:
         (pid,) = run.reached(0)
         os.kill(pid, signal.SIGHUP)
         run.go()

@@ -22,9 +22,9 @@ def held(engine, parameters: dict) -> list[int]:
 
 def spoil(world: World, config: str, overrides: list[str], fault: str, steps: list[int], die_at: int = 0, **options) -> dict:
     """A sitting with `fault` in the steps numbered `steps`; dies before the step `die_at`. What it did, or the error that ended it."""
-    from llm.train import run as training
+    from llm.train import start as starting
 
-    build, told = training.build_engine, {"applied": {}, "untouched": {}}
+    build, told = starting.build_engine, {"applied": {}, "untouched": {}}
 
     def spoiled(cfg, w, model):
         parameters = dict(model.named_parameters())
@@ -46,7 +46,7 @@ def spoil(world: World, config: str, overrides: list[str], fault: str, steps: li
         engine.train_step = train_step
         return engine
 
-    training.build_engine = spoiled
+    starting.build_engine = spoiled
     try:
         told |= sit(world, config, overrides, **options)
     except Died:
@@ -54,7 +54,7 @@ def spoil(world: World, config: str, overrides: list[str], fault: str, steps: li
     except UserError as error:
         told |= {"error": str(error), "code": error.exit_code}
     finally:
-        training.build_engine = build
+        starting.build_engine = build
     return told
 
 

@@ -4,10 +4,9 @@ import hashlib
 from pathlib import Path
 
 import pytest
-from little_run import make_run
+from little_run import make_run, newest_manifest, sit_alone, sit_with
 from ranks import run_ranks
 from test_commands import train
-from test_promises import newest_manifest, sit_alone, sit_with
 
 from llm.checkpoint import folder
 from llm.config import load_config

@@ -4,9 +4,8 @@ import os
 import re
 
 import pytest
-from little_run import add_shard, make_run
+from little_run import add_shard, make_run, newest_manifest, sit_alone, sit_with
 from ranks import run_ranks
-from test_promises import newest_manifest, sit_alone, sit_with
 
 from llm.config import load_config
 

@@ -85,9 +85,9 @@ def test_the_noise_of_a_small_model_names_nobody():
 
 def slow_rank_1(world: World, config: str, stage: int) -> int:
     """It multiplies matrices in each forward pass; returns how many collectives of counts there were."""
-    from llm.train import run as training
+    from llm.train import start as starting
 
-    build, calls = training.build_engine, []
+    build, calls = starting.build_engine, []
 
     def slowed(*args):
         engine = build(*args)
@@ -101,7 +101,7 @@ def slow_rank_1(world: World, config: str, stage: int) -> int:
         engine._loss = more_to_do
         return engine
 
-    training.build_engine = slowed
+    starting.build_engine = slowed
     original = stragglers.Stragglers.judge
     stragglers.Stragglers.judge = lambda self, *args: (calls.append(1), original(self, *args))
     sit(world, config, [f"zero_stage={stage}", "log_every=3", "eval_every=0"])
