@@ -3,6 +3,7 @@
 import json
 import sys
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from llm import cli, durable
@@ -128,7 +129,8 @@ def show(args, model, tokenizer, text: str, seed: int, options: dict) -> str:
 
 
 def interact(args, model, tokenizer, seed: int, options: dict) -> None:
-    import readline  # noqa: F401 - input() then has history and editing
+    with suppress(ImportError):
+        import readline  # noqa: F401 - input() then has history and editing
 
     while True:
         try:

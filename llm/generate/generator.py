@@ -2,7 +2,7 @@
 # B rows in a batch · D model width · V vocabulary, padded
 
 import codecs
-from collections.abc import Collection, Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 
@@ -64,10 +64,24 @@ def generate_rows(
 
 
 class Writing:
-    """The text that continues `prompt`, in pieces as they are made. Afterwards `n_tokens` and `finish_reason` tell how it went."""
+    """The text that continues `prompt`, in pieces as they are made. Afterwards `n_tokens` and `finish_reason` tell how it went.
 
-    def __init__(self, model: Transformer, tokenizer: Tokenizer, prompt: Sequence[int], *, max_tokens: int, stop: Sequence[str] = (), **how):
-        self.n_tokens, self.finish_reason, self._max_tokens, self._stop = 0, "stop", max_tokens, stop
+    `is_cancelled` is asked after each token; the other options are those of `generate_ids`.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        is_cancelled: Callable[[], bool] = bool,
+        **how,
+    ):
+        self.n_prompt, self.n_tokens, self.finish_reason = len(prompt), 0, "stop"
+        self._max_tokens, self._stop, self._is_cancelled = max_tokens, stop, is_cancelled
         self._tokenizer, self._ids = tokenizer, generate_ids(model, tokenizer, prompt, max_tokens=max_tokens, **how)
 
     def __iter__(self) -> Iterator[str]:
@@ -77,6 +91,8 @@ class Writing:
         for token in self._ids:
             self.n_tokens += 1
             yield token
+            if self._is_cancelled():
+                return
         if self.n_tokens == self._max_tokens:
             self.finish_reason = "length"
 

@@ -53,7 +53,7 @@ def test_text_ends_before_a_stop_and_holds_back_no_more_than_its_beginning(piece
 
 def test_min_p_keeps_what_is_near_the_likeliest():
     logits, generator = torch.tensor([0.1, 0.4, 0.2, 0.3]).log(), torch.Generator().manual_seed(1)
-    assert {pick(logits, Sampling(1, min_p=0.5), generator) for _ in range(200)} == {1, 2, 3}
+    assert {pick(logits, Sampling(1, min_p=0.45), generator) for _ in range(200)} == {1, 2, 3}
     assert {pick(logits, Sampling(1, min_p=1.0), generator) for _ in range(20)} == {1}
 
 
