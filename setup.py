@@ -5,9 +5,8 @@ from setuptools import find_packages, setup
 extras = {
     "data": ["pyarrow", "huggingface_hub"],
     "mpi": ["mpi4py", "openmpi"],
-    "chat": ["gradio"],
     "eval": ["transformers", "lm-eval"],
-    "test": ["pytest", "pytest-timeout", "ruff", "pyarrow", "huggingface_hub"],
+    "test": ["pytest", "pytest-timeout", "ruff", "pyarrow", "huggingface_hub", "openai"],
 }
 
 setup(
@@ -19,6 +18,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["llm", "llm.*"]),
+    package_data={"llm.chat": ["web/*"]},
     install_requires=[
         "torch>=2.10,<2.14",
         "deepspeed>=0.19.8,<0.20",
