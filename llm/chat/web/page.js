@@ -76,8 +76,8 @@ async function answer() {
     }
   } catch (error) {
     if (error.name !== "AbortError") at("trouble").textContent = error.message;
+    if (reply.content === "" && turns.at(-1) === reply) turns.pop();
   }
-  if (reply.content === "" && at("trouble").textContent !== "") turns.pop();
   answering = null;
   keep();
   show();
