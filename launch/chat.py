@@ -67,7 +67,7 @@ def serve(args, load, template, sampling) -> None:
     try:
         server = Server((args.host, args.port), worker, limits, sampling, args.system, names=args.allow_host, has_page=args.web)
     except (OSError, OverflowError) as error:
-        raise UserError(f"--host {args.host} --port {args.port}: cannot be listened at ({error}). Try another port.") from None
+        raise UserError(f"--host {args.host} --port {args.port}: cannot be listened at ({error}). Try another --host or --port.") from None
     if not server.is_loopback:
         log.warning(f"everybody who reaches {args.host} can use this model, and nothing is encrypted. 127.0.0.1 is for this machine only.")
     log.info(f"{'page ' if args.web else ''}at {server.url}/ and API at {server.url}/v1, until Ctrl-C")

@@ -41,7 +41,7 @@ def choose_device(name: str) -> str:
     try:
         torch.empty(0, device=name)
     except (RuntimeError, AssertionError, NotImplementedError) as error:  # a torch built without CUDA asserts
-        raise UserError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]}). Try --device cpu.") from None
+        raise UserError(f"--device {name}: cannot be used here ({str(error).splitlines()[0][:120]}). Try --device cpu.") from None
     return name
 
 
