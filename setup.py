@@ -6,9 +6,8 @@ extras = {
     "data": ["pyarrow", "huggingface_hub"],
     "fast": ["gigatoken>=0.10"],
     "mpi": ["mpi4py", "openmpi"],
-    "chat": ["gradio"],
     "eval": ["transformers", "lm-eval"],
-    "test": ["pytest", "pytest-timeout", "ruff", "pyarrow", "huggingface_hub", "mpi4py", "openmpi", "gigatoken>=0.10", "transformers"],
+    "test": ["pytest", "pytest-timeout", "ruff", "pyarrow", "huggingface_hub", "mpi4py", "openmpi", "gigatoken>=0.10", "transformers", "openai"],
 }
 
 setup(
@@ -20,6 +19,7 @@ setup(
     license="Apache-2.0",
     python_requires=">=3.10",
     packages=find_packages(include=["llm", "llm.*"]),
+    package_data={"llm.chat": ["web/*"]},
     install_requires=[
         "torch>=2.10,<2.14",
         "deepspeed>=0.19.8,<0.20",

@@ -1,8 +1,9 @@
 """Text from a model, token by token, as it is made."""
+# B rows in a batch · D model width · V vocabulary, padded
 
 import codecs
 import re
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 
@@ -12,30 +13,89 @@ from llm.model.transformer import Transformer
 from llm.tokenizer.protocol import Tokenizer
 
 
-@torch.inference_mode()
 def generate_ids(
-    model: Transformer, tokenizer: Tokenizer, prompt: Sequence[int], *, max_tokens: int, sampling: Sampling, seed: int, stop_ids: Sequence[int] = ()
+    model: Transformer, tokenizer: Tokenizer, prompt: Sequence[int], *, max_tokens: int, sampling: Sampling, seed: int, stop_ids: Collection[int] = ()
 ) -> Iterator[int]:
-    """Yield up to `max_tokens` ids that continue `prompt`; ends early at end-of-text or one of `stop_ids`, which are not yielded.
+    """Yield up to `max_tokens` ids that continue `prompt`: `generate_rows` for a single one."""
+    rows = generate_rows(model, tokenizer, [prompt], max_tokens=max_tokens, sampling=sampling, seed=seed, stop_ids=stop_ids)
+    return (token for _, token in rows)
 
+
+@torch.inference_mode()
+def generate_rows(
+    model: Transformer,
+    tokenizer: Tokenizer,
+    prompts: Sequence[Sequence[int]],
+    *,
+    max_tokens: int,
+    sampling: Sampling,
+    seed: int,
+    stop_ids: Collection[int] = (),
+) -> Iterator[tuple[int, int]]:
+    """Yield (row, id) for up to `max_tokens` ids that continue each of `prompts`; a row ends early at end-of-text or one of `stop_ids`, which
+    are not yielded.
+
+    All rows stand at one position: those with longer prompts are still being read when others are written already, so that no row
+    needs padding or a mask, and each gets what it would get alone. Row r draws from seed + r.
     Of a prompt longer than the context the end is used. Text longer than the context goes on from its last half.
     """
     seq_len, weight = model.cfg.seq_len, model.head.weight
-    cache = KVCache(model.cfg, 1, weight.device, weight.dtype)
-    generator = torch.Generator().manual_seed(seed)  # on the CPU, for the same draws on every device
-    history = [int(i) for i in prompt]
-    unread = history[-seq_len:]
-    for _ in range(max_tokens):
-        if cache.length + len(unread) > seq_len:
-            cache.length, unread = 0, history[-max(1, seq_len // 2) :]
-        last_D = model.hidden(torch.tensor([unread], device=weight.device), cache)[0, -1]
-        logits_V = model.logits(last_D)[: tokenizer.vocab_size]  # columns that only pad the vocabulary never win
-        chosen = pick(logits_V.float().cpu(), sampling, generator)
-        if chosen == tokenizer.eos_id or chosen in stop_ids:
-            return
-        yield chosen
-        history.append(chosen)
-        unread = [chosen]
+    cache = KVCache(model.cfg, len(prompts), weight.device, weight.dtype)
+    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]  # on the CPU, for the same draws on every device
+    rows = [[int(i) for i in prompt][-seq_len:] for prompt in prompts]
+    ends = [len(row) + max_tokens for row in rows]
+    unfinished = set(range(len(rows))) if max_tokens > 0 else set()
+    start, stop = 0, min(map(len, rows))  # what is read next
+    while unfinished:
+        if cache.length + stop - start > seq_len:
+            cache.length, start = 0, stop - max(1, seq_len // 2)
+        last_BD = model.hidden(torch.tensor([row[start:stop] for row in rows], device=weight.device), cache)[:, -1]
+        logits_BV = model.logits(last_BD)[:, : tokenizer.vocab_size].float().cpu()  # columns that only pad the vocabulary never win
+        for r, row in enumerate(rows):
+            if len(row) > stop:
+                continue  # its prompt goes on
+            row.append(pick(logits_BV[r], sampling, generators[r], row) if r in unfinished else tokenizer.eos_id)
+            if row[-1] == tokenizer.eos_id or row[-1] in stop_ids:
+                unfinished.discard(r)
+            elif r in unfinished:
+                yield r, row[-1]
+            if len(row) == ends[r]:
+                unfinished.discard(r)
+        start, stop = stop, stop + 1
+
+
+class Writing:
+    """The text that continues `prompt`, in pieces as they are made. Afterwards `n_tokens` and `finish_reason` tell how it went.
+
+    `is_cancelled` is asked after each token; the other options are those of `generate_ids`.
+    """
+
+    def __init__(
+        self,
+        model: Transformer,
+        tokenizer: Tokenizer,
+        prompt: Sequence[int],
+        *,
+        max_tokens: int,
+        stop: Sequence[str] = (),
+        is_cancelled: Callable[[], bool] = bool,
+        **how,
+    ):
+        self.n_prompt, self.n_tokens, self.finish_reason = len(prompt), 0, "stop"
+        self._max_tokens, self._stop, self._is_cancelled = max_tokens, stop, is_cancelled
+        self._tokenizer, self._ids = tokenizer, generate_ids(model, tokenizer, prompt, max_tokens=max_tokens, **how)
+
+    def __iter__(self) -> Iterator[str]:
+        return until_stop(stream_text(self._tokenizer, self._counted()), self._stop)
+
+    def _counted(self) -> Iterator[int]:
+        for token in self._ids:
+            self.n_tokens += 1
+            yield token
+            if self._is_cancelled():
+                return
+        if self.n_tokens == self._max_tokens:
+            self.finish_reason = "length"
 
 
 def prompt_ids(tokenizer: Tokenizer, text: str, special_tokens: bool) -> list[int]:
@@ -55,3 +115,32 @@ def stream_text(tokenizer: Tokenizer, ids: Iterable[int]) -> Iterator[str]:
             yield text
     if rest := decoder.decode(b"", final=True):
         yield rest
+
+
+def until_stop(pieces: Iterable[str], stops: Sequence[str]) -> Iterator[str]:
+    """The text of `pieces` up to the first of `stops`, without it; what may be the beginning of one waits for the next piece."""
+    held = ""
+    for piece in pieces:
+        held += piece
+        found = [place for stop in stops if (place := held.find(stop)) >= 0]
+        shown = min(found) if found else len(held) - max((_begun(held, stop) for stop in stops), default=0)
+        if shown:
+            yield held[:shown]
+        if found:
+            return
+        held = held[shown:]
+    if held:
+        yield held
+
+
+def _begun(text: str, stop: str) -> int:
+    """How many characters of `stop` stand at the end of `text`."""
+    return next((n for n in range(min(len(stop) - 1, len(text)), 0, -1) if text.endswith(stop[:n])), 0)
+
+
+def visible(text: str) -> str:
+    """`text` with control characters shown as pictures (U+2400…): what a model writes must not steer the terminal it is shown on."""
+    return text.translate(_PICTURES)
+
+
+_PICTURES = {code: chr(0x2400 + code) for code in range(32) if chr(code) not in "\n\t"} | dict.fromkeys(range(0x7F, 0xA0), "\ufffd")

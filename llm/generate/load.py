@@ -35,11 +35,16 @@ def load_run(
 
 
 def choose_device(name: str) -> str:
-    """`auto`: the first GPU if there is one, else the CPU. Refuses a device that is not here."""
+    """`auto`: the first GPU if there is one, else Apple's, else the CPU. Refuses a device that is not here."""
     if name == "auto":
-        return "cuda" if torch.cuda.is_available() else "cpu"
+        return "cuda" if torch.cuda.is_available() else "mps" if torch.backends.mps.is_available() else "cpu"
     try:
         torch.empty(0, device=name)
-    except (RuntimeError, AssertionError) as error:  # a torch built without CUDA asserts
-        raise UserError(f"--device {name}: cannot be used here ({str(error).splitlines()[0]}). Try --device cpu.") from None
+    except (RuntimeError, AssertionError, NotImplementedError) as error:  # a torch built without CUDA asserts
+        raise UserError(f"--device {name}: cannot be used here ({str(error).splitlines()[0][:120]}). Try --device cpu.") from None
     return name
+
+
+def choose_dtype(name: str | None, device: str) -> torch.dtype:
+    """None: bf16 on a GPU of CUDA, fp32 elsewhere."""
+    return DTYPES[name or ("bf16" if device.startswith("cuda") else "fp32")]

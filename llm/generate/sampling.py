@@ -1,5 +1,6 @@
 """From logits to one token id."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
@@ -10,7 +11,7 @@ from llm.log import UserError
 
 @dataclass(frozen=True)
 class Sampling:
-    """How to choose among likely tokens. Filters apply in this order: temperature, top_k, top_p."""
+    """How to choose among likely tokens. Filters apply in this order: repetition_penalty, temperature, top_k, top_p, min_p."""
 
     temperature: float = 0.8
     """0 always takes the likeliest."""
@@ -18,6 +19,10 @@ class Sampling:
     """Keep the k likeliest."""
     top_p: float | None = None
     """Keep the fewest that together hold this probability; arXiv 1904.09751."""
+    min_p: float | None = None
+    """Keep those at least this times as likely as the likeliest; arXiv 2407.01082."""
+    repetition_penalty: float = 1.0
+    """Logits of tokens that stand in the text already are divided by it, negative ones multiplied; arXiv 1909.05858."""
 
     def __post_init__(self):
         if not 0 <= self.temperature < float("inf"):
@@ -26,10 +31,19 @@ class Sampling:
             raise UserError(f"top-k is {self.top_k}, but should be a number of tokens, at least 1; leave it out to keep all.")
         if self.top_p is not None and not 0 < self.top_p <= 1:
             raise UserError(f"top-p is {self.top_p}, but should be a probability above 0 and up to 1; leave it out to keep all.")
+        if self.min_p is not None and not 0 <= self.min_p <= 1:
+            raise UserError(f"min-p is {self.min_p}, but should be from 0 to 1; 0.05 is common, leave it out to keep all.")
+        if not 0 < self.repetition_penalty < float("inf"):
+            raise UserError(f"repetition-penalty is {self.repetition_penalty}, but should be above 0; 1 changes nothing, 1.1 is common.")
 
 
-def pick(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> int:
-    """One id drawn from fp32 logits on the generator's device."""
+def pick(logits_V: Tensor, sampling: Sampling, generator: torch.Generator, written: Sequence[int] = ()) -> int:
+    """One id drawn from fp32 logits on the generator's device. `written`: the text so far, for the repetition penalty."""
+    if sampling.repetition_penalty != 1 and len(written):
+        ids = torch.tensor(sorted({i for i in written if i < len(logits_V)}))
+        seen = logits_V[ids]
+        penalty = sampling.repetition_penalty
+        logits_V = logits_V.index_copy(0, ids, torch.where(seen > 0, seen / penalty, seen * penalty))
     if sampling.temperature == 0:
         return int(logits_V.argmax())
     logits_V = logits_V / sampling.temperature
@@ -41,4 +55,6 @@ def pick(logits_V: Tensor, sampling: Sampling, generator: torch.Generator) -> in
         sorted_probs, order = probs_V.sort(descending=True)
         beyond = sorted_probs.cumsum(dim=-1) - sorted_probs >= sampling.top_p  # the first always stays
         probs_V = probs_V.index_fill(0, order[beyond], 0.0)
+    if sampling.min_p is not None:
+        probs_V = probs_V.masked_fill(probs_V < sampling.min_p * probs_V.max(), 0.0)
     return int(torch.multinomial(probs_V, 1, generator=generator))

@@ -4,6 +4,7 @@ import math
 from statistics import fmean, pstdev
 
 LEAST_STEPS = 32  # fewer say little about what is usual
+LEAST_RISE = 0.1  # nats per token: what a loss may rise without harm, also where a text known by heart leaves it near 0
 FLOOR = 1e-3  # of the mean: where losses hardly differ, their rounding must not pass for a spike
 
 Recent = dict[str, list[float]]
@@ -31,7 +32,8 @@ class SpikeGuard:
         """Why this loss must not move the weights, with value and limit; None when it may."""
         if not math.isfinite(loss):
             return f"the loss was {loss}"
-        return self._spike("loss", loss, self._of("losses"))
+        before = self._of("losses")
+        return self._spike("loss", loss, before) if before and loss > fmean(before) + LEAST_RISE else None
 
     def applied(self, loss: float, grad_norm: float) -> str | None:
         """Book an applied step. Returns what is odd about its gradient's norm, once for as long as it stays odd."""

@@ -50,8 +50,9 @@ def test_off_it_refuses_only_what_is_not_finite(sigma):
     assert guard(USUAL, sigma=sigma).why_not(math.nan)
 
 
-def test_losses_that_hardly_differ_leave_room_for_rounding():
-    assert guard([2.0] * 64).why_not(2.0 * (1 + 1e-6)) is None and guard([2.0] * 64).why_not(2.1)
+def test_losses_that_hardly_differ_leave_room_for_rounding_and_small_rises():
+    assert guard([2.0] * 64).why_not(2.1) is None and guard([1e-6] * 64).why_not(1e-3) is None
+    assert guard([2.0] * 64).why_not(2.11) and guard([1e-6] * 64).why_not(0.11)
 
 
 def test_a_falling_loss_is_never_refused_and_the_window_keeps_the_last_steps_alone():
