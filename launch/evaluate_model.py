@@ -23,6 +23,9 @@ def main() -> None:
         raise UserError("--tasks is empty. Name some, for example mmlu,perplexity.")
     if args.shots is not None and args.shots < 0:
         raise UserError(f"--shots is {args.shots}, but should be a number of examples: 0 or 5 are common.")
+    for flag, value in (("--stride", args.stride), ("--rows", args.rows)):
+        if value is not None and value < 1:
+            raise UserError(f"{flag} is {value}, but should be at least 1.")
     if "perplexity" in tasks and not args.text:
         raise UserError("perplexity is measured on something: give --text with text files, dataset folders or shards.")
     if missing := [path for path in args.text or () if not path.exists()]:

@@ -6,16 +6,18 @@ Nothing is fetched: a task's data are FOLDER/TASK/SPLIT.jsonl or .parquet, with 
 import json
 import logging
 import os
+import re
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, redirect_stderr
 from pathlib import Path
 
-os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1", "TQDM_DISABLE": "1", "HF_DATASETS_DISABLE_PROGRESS_BARS": "1"}
+os.environ |= {"HF_HUB_OFFLINE": "1", "HF_DATASETS_OFFLINE": "1"}
 
 try:
     import lm_eval
     from lm_eval.api.model import LM
+    from lm_eval.api.task import Task
     from lm_eval.tasks import TaskManager
 except ImportError as error:
     from llm.log import UserError
@@ -81,9 +83,9 @@ def run_tasks(lm: LM, task_files: dict[str, dict[str, Path]], shots: int | None 
     `shots` None: as many as each task has by itself.
     """
     with tempfile.TemporaryDirectory() as folder, _quiet():
-        manager = TaskManager()
-        paths = [_task_file(manager, name, files, Path(folder)) for name, files in task_files.items()]
-        return lm_eval.simple_evaluate(lm, tasks=paths, num_fewshot=shots, task_manager=manager, bootstrap_iters=100, log_samples=True)
+        manager = TaskManager(include_defaults=False)  # reading all of the harness's thousands of task files takes most of a minute
+        tasks = [_load(manager, name, files, Path(folder)) for name, files in task_files.items()]
+        return lm_eval.simple_evaluate(lm, tasks=tasks, num_fewshot=shots, task_manager=manager, bootstrap_iters=100, log_samples=True)
 
 
 def metrics(found: dict, task: str) -> dict[str, tuple[float, float]]:
@@ -120,35 +122,45 @@ def write_mmlu(subjects: list[Subject], folder: Path) -> dict[str, dict[str, Pat
     return found
 
 
-def _task_file(manager: TaskManager, name: str, files: dict[str, Path], folder: Path) -> str:
+def _load(manager: TaskManager, name: str, files: dict[str, Path], folder: Path) -> Task:
     """The harness's own task with our files instead of the hub's."""
-    entry = manager.task_index.get(name)
-    if entry is None or entry.yaml_path is None:
-        raise UserError(f"{name}: lm-evaluation-harness {lm_eval.__version__} has no such task in one file. `lm-eval ls tasks` lists them.")
     formats = {path.suffix for path in files.values()}
     if len(formats) > 1:
         raise UserError(f"{name}: its splits are files of different formats ({', '.join(map(str, files.values()))}). Use one.")
     task = {
-        "include": str(entry.yaml_path),
-        "task": name,
+        "include": str(_own_file(name)),
         "dataset_path": FORMATS[formats.pop()],
         "dataset_name": None,
         "dataset_kwargs": {"data_files": {split: str(path.resolve()) for split, path in files.items()}, "cache_dir": str(folder / "cache")},
     }
+    task |= {key: None for key, split in (("training_split", "train"), ("validation_split", "validation")) if split not in files}
     path = folder / f"{name}.yaml"
     path.write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
-    return str(path)
+    try:
+        (loaded,) = manager.load(str(path))["tasks"].values()
+    except KeyError as error:
+        raise UserError(f"{name}: needs a split {error}, but there are {', '.join(map(str, files.values()))}. Put its file beside them.") from None
+    return loaded
+
+
+def _own_file(name: str) -> Path:
+    named = re.compile(rf"""^"?task"?: *["']?{re.escape(name)}["']? *$""", re.MULTILINE)
+    for path in sorted(Path(lm_eval.tasks.__file__).parent.rglob(f"{name}.yaml")):
+        if named.search(path.read_text(encoding="utf-8")):
+            return path
+    raise UserError(f"{name}: lm-evaluation-harness {lm_eval.__version__} has no such task in a file of its own. `lm-eval ls tasks` lists them.")
 
 
 @contextmanager
 def _quiet() -> Iterator[None]:
-    """Without the chatter of the harness and of datasets."""
-    loud = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
-    levels = [logger.level for logger in loud]
-    for logger in loud:
-        logger.setLevel(logging.ERROR)
-    try:
-        yield
-    finally:
-        for logger, level in zip(loud, levels, strict=True):
-            logger.setLevel(level)
+    """Without the chatter and the bars of the harness and of datasets; ours go to standard output."""
+    with open(os.devnull, "w") as nowhere, redirect_stderr(nowhere):
+        loud = [logging.getLogger(name) for name in ("lm_eval", "datasets")]
+        levels = [logger.level for logger in loud]
+        for logger in loud:
+            logger.setLevel(logging.ERROR)
+        try:
+            yield
+        finally:
+            for logger, level in zip(loud, levels, strict=True):
+                logger.setLevel(level)

@@ -97,9 +97,7 @@ def _parse(content: bytes, path: Path) -> list[Question]:
     return questions
 
 
-def evaluate_subject(
-    model: Transformer, tokenizer: Tokenizer, subject: Subject, shots: int, advance: Callable[[int], None] = lambda n: None
-) -> dict:
+def evaluate_subject(model: Transformer, tokenizer: Tokenizer, subject: Subject, shots: int, advance: Callable[[int], None] = lambda n: None) -> dict:
     """{"answers": the model's letters, "correct": 0 or 1 each, "fewer_shots", "cut"}: how many prompts lost examples, and more than those.
 
     `advance` hears of answers scored, four a question.
