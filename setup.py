@@ -6,7 +6,7 @@ extras = {
     "data": ["pyarrow", "huggingface_hub"],
     "mpi": ["mpi4py", "openmpi"],
     "chat": ["gradio"],
-    "eval": ["transformers", "lm-eval"],
+    "eval": ["transformers", "accelerate", "lm-eval"],
     "test": ["pytest", "pytest-timeout", "ruff", "pyarrow", "huggingface_hub"],
 }
 

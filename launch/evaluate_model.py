@@ -140,7 +140,7 @@ def _perplexity(args, model, tokenizer, results) -> None:
     rows = [[name, f"{v['loss']:.4f}", f"{v['perplexity']:,.2f}", f"{v['bits_per_byte']:.4f}"] for name, v in found.items()]
     print_table(["perplexity", "loss", "perplexity", "bits per byte"], rows)
     for name, values in found.items():
-        results.add(f"perplexity/{Path(name).name}", values)
+        results.add(f"perplexity/{name}", values)
 
 
 def _others(model, tokenizer, task_files, shots: int | None, results) -> None:

@@ -11,11 +11,12 @@ import torch
 from llm.corpus.options import ReadOptions
 from llm.corpus.read_all import read_all
 from llm.data.manifest import FILE_NAME, check_compatible, find_shards
+from llm.data.phase import count_samples
 from llm.data.shards import Shard
 from llm.data.stream import Batch, eval_batches
 from llm.dist import World
 from llm.eval.likelihood import BATCH_TOKENS, score, windows
-from llm.log import UserError
+from llm.log import Progress, UserError, progress
 from llm.model.transformer import Transformer
 from llm.tokenizer.protocol import Tokenizer
 from llm.train.validate import token_byte_lengths, validate
@@ -59,15 +60,18 @@ def of_shards(model: Transformer, tokenizer: Tokenizer, paths: list[Path], max_r
     check_compatible(shards, tokenizer.fingerprint, model.cfg.seq_len, rechunk=True)
     rows = max(1, BATCH_TOKENS // model.cfg.seq_len)
     byte_lengths = token_byte_lengths(tokenizer, model.cfg.vocab_size)
-    engine = SimpleNamespace(evaluate=lambda batch: _loss_sum(model, batch))
-    found = validate(engine, lambda: eval_batches(shards, model.cfg.seq_len, rows, 0, 1, max_rows), byte_lengths, World())
+    n_rows = sum(count_samples(shard.meta.n_tokens, model.cfg.seq_len) for shard in shards)
+    with progress(min(n_rows, max_rows or n_rows), "reading", "windows") as bar:
+        engine = SimpleNamespace(evaluate=lambda batch: _loss_sum(model, batch, bar))
+        found = validate(engine, lambda: eval_batches(shards, model.cfg.seq_len, rows, 0, 1, max_rows), byte_lengths, World())
     return _named(found["loss"], found["bits_per_byte"])
 
 
 @torch.inference_mode()
-def _loss_sum(model: Transformer, batch: Batch) -> tuple[float, int]:
+def _loss_sum(model: Transformer, batch: Batch, bar: Progress) -> tuple[float, int]:
     device = model.head.weight.device
     loss = model(batch.tokens_BT.to(device), batch.targets_BT.to(device))
+    bar.advance(int((batch.samples >= 0).sum()))
     return loss.item(), int((batch.targets_BT >= 0).sum())
 
 

@@ -45,7 +45,7 @@ def test_tables_json_and_tensorboard_say_the_same_and_a_second_run_goes_on(run, 
     assert "1 of 2 subjects were there from before" in said and "some.txt" in said and "macro" in said
     results = json.loads((run / "evaluations" / "step-000000002-a1" / "results.json").read_text())
     assert results["mmlu-0-shot"].keys() == {f"{n}{s}" for n in ("STEM", "humanities", "all", "macro") for s in ("", "_stderr")}
-    assert results["perplexity/some.txt"]["bytes"] == 90 and f"{results['mmlu-0-shot']['all']:.2%}" in said
+    assert results[f"perplexity/{text}"]["bytes"] == 90 and f"{results['mmlu-0-shot']['all']:.2%}" in said
     board = EventAccumulator(str(run / "logs" / "tensorboard"))
     board.Reload()
     (*_, last) = board.Scalars("eval/mmlu-0-shot/macro")
@@ -53,9 +53,10 @@ def test_tables_json_and_tensorboard_say_the_same_and_a_second_run_goes_on(run, 
 
 
 def test_another_checkpoint_is_not_taken_for_the_one_that_was_evaluated(run, tmp_path, capsys):
-    folder = write_mmlu(tmp_path / "mmlu", ["virology"])
-    for step in (1, 2):
-        evaluate(run, "--tasks", "mmlu", "--mmlu", folder, "--step", step, "--out", tmp_path / "out")
+    folder, other = write_mmlu(tmp_path / "mmlu", ["virology"]), tmp_path / "other"
+    save_model(other, 1, model(n_layers=1), tokenizer())
+    for path, step in ((run, 1), (run, 2), (other, 1)):
+        evaluate(path, "--tasks", "mmlu", "--mmlu", folder, "--step", step, "--out", tmp_path / "out")
     assert "from before" not in capsys.readouterr().out
     assert len(list((tmp_path / "out").glob("step-*/results.json"))) == 2
 
