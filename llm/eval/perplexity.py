@@ -15,7 +15,7 @@ from llm.data.phase import count_samples
 from llm.data.shards import Shard
 from llm.data.stream import Batch, eval_batches
 from llm.dist import World
-from llm.eval.likelihood import BATCH_TOKENS, score, windows
+from llm.eval.likelihood import batch_tokens, score, windows
 from llm.log import Progress, UserError, progress
 from llm.model.transformer import Transformer
 from llm.tokenizer.protocol import Tokenizer
@@ -58,7 +58,7 @@ def of_shards(model: Transformer, tokenizer: Tokenizer, paths: list[Path], max_r
     """
     shards: list[Shard] = find_shards(paths, "val") or find_shards(paths, "train")
     check_compatible(shards, tokenizer.fingerprint, model.cfg.seq_len, rechunk=True)
-    rows = max(1, BATCH_TOKENS // model.cfg.seq_len)
+    rows = max(1, batch_tokens(model) // model.cfg.seq_len)
     byte_lengths = token_byte_lengths(tokenizer, model.cfg.vocab_size)
     n_rows = sum(count_samples(shard.meta.n_tokens, model.cfg.seq_len) for shard in shards)
     with progress(min(n_rows, max_rows or n_rows), "reading", "windows") as bar:

@@ -19,7 +19,7 @@ PAIRS = {
 @pytest.mark.parametrize("case", PAIRS)
 @pytest.mark.parametrize("positions", ["rope", "learned"])
 def test_scores_are_those_of_one_row_at_a_time(case, batch_tokens, positions, monkeypatch):
-    monkeypatch.setattr(likelihood, "BATCH_TOKENS", batch_tokens)
+    monkeypatch.setattr(likelihood, "CPU_BATCH_TOKENS", batch_tokens)
     ours = model(positions=positions)
     told = []
     found = score(ours, PAIRS[case], told.append)
