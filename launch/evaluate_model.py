@@ -5,7 +5,7 @@
   python launch/evaluate_model.py checkpoints/toy --tasks arc_easy,hellaswag,gsm8k --task-data data/tasks
 
 Tasks: mmlu, perplexity, and those of lm-evaluation-harness (extra `eval`). Nothing is fetched: docs/evaluate.md says how data must lie.
-Results go to RUN/evaluations/CHECKPOINT (or --out) as JSON, to the run's TensorBoard, and to the terminal as tables.
+Results go to RUN/evaluations/CHECKPOINT as JSON and to the run's TensorBoard (or both to --out), and to the terminal as tables.
 """
 
 import tempfile
@@ -47,7 +47,7 @@ def main() -> None:
     name = step_name(manifest.step, manifest.attempt)
     logs = manifest.config.get("log", {}).get("out_dir")
     folder = (args.out or run / "evaluations") / name
-    results = Results(folder, Path(logs or run / "logs") / "tensorboard", manifest.step)
+    results = Results(folder, (args.out or Path(logs or run / "logs")) / "tensorboard", manifest.step)
     log.info(f"{args.run}, step {manifest.step:,}, on {device} in {args.dtype}")
     if "mmlu" in tasks:
         identity = [manifest.self_sha256, args.dtype, args.shots or 0]

@@ -6,14 +6,17 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llm import durable
-from llm.log import log
+from llm.log import UserError, log
 
 
 class Results:
     """`folder`/results.json, {task: {metric: value}}, kept from one evaluation of a checkpoint to the next."""
 
     def __init__(self, folder: Path, board: Path, step: int):
-        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            folder.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"{folder}: cannot be written ({error.strerror}). Results go there: give --out FOLDER.") from None
         self.folder, self._board, self._step = folder, board, step
 
     def add(self, task: str, values: dict[str, float]) -> None:

@@ -67,6 +67,7 @@ MISTAKES = {
     "no tasks": (["--tasks", ","], "--tasks is empty"),
     "negative shots": (["--tasks", "mmlu", "--shots", "-1"], "--shots is -1"),
     "no MMLU there": (["--tasks", "mmlu", "--mmlu", "nowhere"], "nowhere: holds no subject of MMLU"),
+    "nowhere to write": (["--tasks", "perplexity", "--text", SCRIPT, "--out", SCRIPT], "cannot be written"),
     "no stride": (["--tasks", "perplexity", "--text", SCRIPT, "--stride", "0"], "--stride is 0"),
 }
 
