@@ -75,6 +75,7 @@ def _arguments():
     parser.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step; left out: the newest")
     parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (%(default)s: the GPU if there is one)")
     parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (%(default)s)")
+    parser.add_read_options()
     return parser.parse_args()
 
 
@@ -130,13 +131,15 @@ def _beside_harness(model, tokenizer, subjects, shots: int, correct: dict[str, l
 
 
 def _perplexity(args, model, tokenizer, results) -> None:
+    from llm.corpus.options import read_options
     from llm.eval import perplexity
     from llm.eval.results import print_table
 
+    options = read_options(args)
     shards = [path for path in args.text if perplexity.is_shards(path)]
     texts = [path for path in args.text if path not in shards]
     found = {str(path): perplexity.of_shards(model, tokenizer, [path], args.rows) for path in shards}
-    found |= {str(path): perplexity.of_files(model, tokenizer, [path], args.stride) for path in texts}
+    found |= {str(path): perplexity.of_files(model, tokenizer, [path], options, args.stride) for path in texts}
     rows = [[name, f"{v['loss']:.4f}", f"{v['perplexity']:,.2f}", f"{v['bits_per_byte']:.4f}"] for name, v in found.items()]
     print_table(["perplexity", "loss", "perplexity", "bits per byte"], rows)
     for name, values in found.items():

@@ -46,9 +46,9 @@ def of_text(model: Transformer, tokenizer: Tokenizer, texts: Iterable[str], stri
     return _named(nats / n_tokens, nats / math.log(2) / n_bytes) | {"tokens": n_tokens, "bytes": n_bytes}
 
 
-def of_files(model: Transformer, tokenizer: Tokenizer, paths: list[Path], stride: int | None = None) -> dict[str, float]:
+def of_files(model: Transformer, tokenizer: Tokenizer, paths: list[Path], options: ReadOptions, stride: int | None = None) -> dict[str, float]:
     """The same of all documents of these files, in any format that tokenizing reads."""
-    return of_text(model, tokenizer, (document.text for document in read_all([str(path) for path in paths], ReadOptions())), stride)
+    return of_text(model, tokenizer, (document.text for document in read_all([str(path) for path in paths], options)), stride)
 
 
 def of_shards(model: Transformer, tokenizer: Tokenizer, paths: list[Path], max_rows: int | None = None) -> dict[str, float]:
