@@ -6,7 +6,7 @@ extras = {
     "data": ["pyarrow", "huggingface_hub"],
     "fast": ["gigatoken>=0.10"],
     "mpi": ["mpi4py", "openmpi"],
-    "eval": ["transformers", "lm-eval"],
+    "eval": ["transformers", "accelerate", "lm-eval"],
     "test": ["pytest", "pytest-timeout", "ruff", "pyarrow", "huggingface_hub", "mpi4py", "openmpi", "gigatoken>=0.10", "transformers", "openai"],
 }
 
