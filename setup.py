@@ -4,9 +4,10 @@ from setuptools import find_packages, setup
 
 extras = {
     "data": ["pyarrow", "huggingface_hub"],
+    "fast": ["gigatoken>=0.10"],
     "mpi": ["mpi4py", "openmpi"],
     "eval": ["transformers", "lm-eval"],
-    "test": ["pytest", "pytest-timeout", "ruff", "pyarrow", "huggingface_hub", "openai"],
+    "test": ["pytest", "pytest-timeout", "ruff", "pyarrow", "huggingface_hub", "openai", "mpi4py", "openmpi", "gigatoken>=0.10"],
 }
 
 setup(
@@ -25,6 +26,7 @@ setup(
         "numpy",
         "tokenizers",
         "tiktoken>=0.13",
+        "rustbpe",
         "pydantic>=2.7",
         "pyyaml",
         "safetensors",

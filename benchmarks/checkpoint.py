@@ -22,6 +22,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
+from machine import machine
 
 from llm import cli
 from llm.checkpoint.manifest import Manifest, Parameter
@@ -45,7 +46,8 @@ def main() -> None:
     finally:
         dist.destroy_process_group()
         shutil.rmtree(root)
-    report = summarise(rounds, sum(4 * s.values.numel() for s in slices)) | {"rounds": rounds, "params": args.params, "cpus": os.cpu_count()}
+    report = summarise(rounds, sum(4 * s.values.numel() for s in slices))
+    report |= {"rounds": rounds, "params": args.params, "machine": machine(["torch", "numpy"])}
     print_table(report)
     if args.out:
         args.out.parent.mkdir(parents=True, exist_ok=True)

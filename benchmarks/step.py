@@ -11,13 +11,13 @@ import argparse
 import json
 import math
 import os
-import platform
 import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
+from machine import machine
 from nanogpt_loop import Loop
 
 from llm import cli
@@ -47,7 +47,7 @@ def main() -> None:
     report = {
         "model": cfg.model.model_dump(), "precision": cfg.engine.precision, "tokens_per_step": plan.tokens, "micro_rows": plan.micro_rows,
         "first_losses": first_losses, "rounds_tokens_per_second": rounds, "summary": summarise(rounds, cfg, args.device),
-        "machine": machine(args.device),
+        "machine": machine(["torch", "numpy"]) | setting(args.device),
     }  # fmt: skip
     print_table(report)
     if args.out:
@@ -148,13 +148,10 @@ def summarise(rounds: list[dict[str, float]], cfg: RunConfig, device: str) -> di
     return summary
 
 
-def machine(device: str) -> dict:
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line] if cpuinfo.exists() else []
+def setting(device: str) -> dict:
+    """What else the speed of a step depends on."""
     return {
-        "cpu": models[0] if models else platform.processor(), "cores": os.cpu_count(), "threads": torch.get_num_threads(),
-        "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
-        "torch": torch.__version__, "python": platform.python_version(), "system": platform.platform(),
+        "threads": torch.get_num_threads(), "gpu": torch.cuda.get_device_name(device) if device.startswith("cuda") else None,
         "environment": {key: os.environ[key] for key in MALLOC if key in os.environ},
     }  # fmt: skip
 

@@ -108,6 +108,11 @@ def has_launcher() -> bool:
     return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
 
 
+def mpi_ranks() -> int:
+    """Processes that an mpirun has started together with this one; 1 without it."""
+    return int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1)
+
+
 def read_environment() -> tuple[int, int, int]:
     """(rank, world size, local rank) from torchrun, deepspeed, mpirun or srun; (0, 1, 0) when alone."""
     env = os.environ

@@ -56,7 +56,7 @@ def test_python_torchrun_and_deepspeed_run_the_same_config_one_after_another(con
     for sitting, (name, launcher) in enumerate(LAUNCHERS.items(), start=1):
         done = command(*launcher, "launch/train.py", "--config", config, "--steps-today", "2", "zero_stage=1")
         assert done.returncode == 0, f"{name}: {done.stderr}{done.stdout}"
-        assert f"steps {2 * sitting - 2} to {2 * sitting}," in done.stdout, name
+        assert f"steps  {2 * sitting - 2} to {2 * sitting}," in done.stdout, name
         assert "Warning" not in done.stdout + done.stderr or name == "deepspeed", f"{name}: {done.stderr}{done.stdout}"
 
 

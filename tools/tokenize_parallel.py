@@ -1,6 +1,8 @@
 """Turn raw text into token shards, with several processes. The same command again continues, or adds what is new.
 
 python tools/tokenize_parallel.py data/raw/pystdlib.jsonl --tokenizer data/tokenizers/pystdlib --seq-len 256 --val-ratio 0.01
+
+On many machines that see the same folders, rank 0 hands out work and the others encode: mpirun -n N python tools/tokenize_parallel.py ...
 """
 
 import os
@@ -18,6 +20,8 @@ def main() -> None:
     parser.add_argument("--seq-len", required=True, type=int, metavar="N", help="tokens per training sample")
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="the dataset folder; default: data/ and the first input's name")
     parser.add_argument("--workers", type=int, default=_cores(), metavar="N", help="processes (default: one per core)")
+    parser.add_argument("--encoder", choices=["fast", "reference"], default="fast", help="fast (default): gigatoken where it is installed, held "
+                        "against the reference while it runs; the shards are the same")  # fmt: skip
     parser.add_argument("--val-ratio", type=float, default=0.0, metavar="X", help="share of documents for validation (default: none)")
     parser.add_argument("--shard-tokens", type=int, default=1 << 27, metavar="N", help="tokens per shard, about (default: 128 Mi)")
     parser.add_argument("--shuffle", action="store_true", help="permute documents inside each unit of text")
@@ -26,6 +30,18 @@ def main() -> None:
     parser.add_read_options()
     args = parser.parse_args()
 
+    from llm.corpus import mpi
+
+    if mpi.is_server():
+        mpi.serve()
+        return
+    try:
+        _tokenize(args)
+    finally:
+        mpi.release()
+
+
+def _tokenize(args) -> None:
     from llm.corpus.options import read_options
     from llm.corpus.tokenize_corpus import Request, tokenize_corpus
 
@@ -38,6 +54,7 @@ def main() -> None:
             tokenizer_kind=args.tokenizer_type,
             seq_len=args.seq_len,
             workers=args.workers,
+            encoder=args.encoder,
             val_ratio=args.val_ratio,
             shard_tokens=args.shard_tokens,
             shuffle_seed=args.seed if args.shuffle else None,

@@ -20,18 +20,23 @@ def main() -> None:
         "--force", action="store_true", help="replace a tokenizer that datasets were made with: these and the models trained on them go on "
         "needing the old one, and text tokenized with the new one will not fit them"
     )  # fmt: skip
+    parser.add_argument("--compare", type=Path, metavar="PATH", help="another tokenizer to measure beside this one, for example GPT-2's files")
     args = parser.parse_args()
 
     from llm.corpus.options import read_options
     from llm.corpus.read_all import read_all
+    from llm.corpus.token_report import report_tokens
+    from llm.tokenizer import load_tokenizer
     from llm.tokenizer.train import train_bpe
 
     options = read_options(args)
+    other = load_tokenizer(args.compare) if args.compare else None
     documents = read_all(args.inputs, options)
     trained = train_bpe((document.plain_text(options.template) for document in documents), args.vocab_size, args.sample_bytes)
     log.info(f"{trained.tokenizer.vocab_size:,} tokens from {trained.sample_bytes:,} bytes of text; "
              f"{trained.bytes_per_token:.2f} bytes per token on {trained.measured_on}")  # fmt: skip
     _save(trained.tokenizer, args.out, args.force)
+    report_tokens(read_all(args.inputs, options), options.template, trained.tokenizer, other)
 
 
 def _save(tokenizer, folder: Path, force: bool) -> None:

@@ -103,7 +103,7 @@ class ShardWriter:
         return write_shard(
             self.folder,
             name,
-            (unit.tokens(role, dtype) for unit in group),
+            (piece for unit in group for piece in unit.pieces(role, dtype)),
             dtype=dtype,
             tokenizer=self.tokenizer,
             units=[self._unit_entry(unit, role) for unit in group],

@@ -4,8 +4,9 @@ import hashlib
 import os
 import signal
 import threading
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
+from functools import cache
 from multiprocessing import parent_process
 from pathlib import Path
 
@@ -14,13 +15,16 @@ import numpy as np
 from llm.corpus.conversations import Template
 from llm.corpus.documents import Counts, Document, read_documents
 from llm.corpus.options import ReadOptions
-from llm.corpus.parts import DIGEST_BYTES, ROLES, EncodedUnit, write_part
+from llm.corpus.parts import DIGEST_BYTES, ROLES, PartWriter
 from llm.corpus.plan import Task, Unit
 from llm.data.permutation import Permutation
 from llm.log import UserError
 from llm.tokenizer import Tokenizer, load_tokenizer
+from llm.tokenizer.fast import FastEncoder
 
+FAST, REFERENCE = "fast", "reference"
 _SOURCE_TAG = b"tally-source/v1"
+Encode = Callable[[list[str]], list[np.ndarray]]
 BATCH_CHARS = 1 << 20  # by text, not by documents: enough to keep the encoder busy, little enough to hold
 
 
@@ -45,12 +49,18 @@ _tokenizer: Tokenizer
 
 
 def start_worker(job: Job) -> None:
-    """Prepare this process for `run_task`."""
-    os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")  # processes are the parallelism
+    """Prepare this process, a child of the one that speaks to the person, for `run_task`."""
     signal.signal(signal.SIGINT, lambda *_: os._exit(130))  # the parent hears Ctrl-C too, and speaks for all
     threading.Thread(target=_leave_with_parent, daemon=True).start()
+    prepare(job)
+
+
+def prepare(job: Job) -> None:
+    """Prepare this process for `run_task`."""
+    os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")  # processes are the parallelism
     global _job, _tokenizer
     _job, _tokenizer = job, load_tokenizer(job.tokenizer_path, job.tokenizer_kind)
+    _fast_encoder.cache_clear()
 
 
 def _leave_with_parent() -> None:
@@ -58,37 +68,46 @@ def _leave_with_parent() -> None:
     os._exit(1)
 
 
-def run_task(task: Task) -> None:
-    """Encode a task's units into a part. Nothing but the news that it is done goes through the pipe."""
-    write_part(_job.work, task.key, (encode_unit(unit, _job, _tokenizer) for unit in task.units), _job.dtype)
+@cache
+def _fast_encoder() -> FastEncoder:
+    return FastEncoder(_tokenizer.rank_encoder)
 
 
-def encode_unit(unit: Unit, job: Job, tokenizer: Tokenizer) -> EncodedUnit:
-    """The unit's documents as tokens, each ended by end-of-text; without tokens if the dataset holds them already."""
+def run_task(task: Task, encoder: str) -> None:
+    """Encode a task's units into a part; nothing comes back but the news that it is done. Raises FastPathWrong, and then leaves no part."""
+    encode = _fast_encoder().encode_batch if encoder == FAST else _tokenizer.encode_batch
+    with PartWriter(_job.work, task.key, _job.dtype, encoder) as part:
+        for unit in task.units:
+            encode_unit(unit, _job, _tokenizer, encode, part)
+
+
+def encode_unit(unit: Unit, job: Job, tokenizer: Tokenizer, encode: Encode, part: PartWriter) -> None:
+    """Write the unit's documents as tokens, each ended by end-of-text; without tokens if the dataset holds them already."""
     if job.known_units:
         counts = Counts()
         digests = [document_digest(document.identity()) for document in _documents(unit, job, counts)]
         if (unit_id := unit_id_of(digests)) in job.known_units:
-            return EncodedUnit(unit_id, digests, counts, {}, {})
-    counts, digests, encoded, text_bytes = Counts(), [], [], []
+            part.add_known(digests)
+            part.end_unit(unit_id, counts, {})
+            return
+    counts, is_val, eos = Counts(), bytearray(), np.array(tokenizer.eos_id, job.dtype).tobytes()
     for batch in _batches(_documents(unit, job, counts)):
-        for document, ids in zip(batch, encode_documents(batch, job.options.template, tokenizer), strict=True):
-            digests.append(document_digest(document.identity()))
-            text_bytes.append(len(document.text.encode()))
-            encoded.append(ids.astype(job.dtype))
-    unit_id, n_bytes, tokens = unit_id_of(digests), {}, {}
-    order = _order(len(digests), unit_id, job.shuffle_seed)
-    is_val = np.array([_is_val(digest, job.val_ratio) for digest in digests], dtype=bool)
-    for role, chosen in zip(ROLES, (order[~is_val[order]], order[is_val[order]]), strict=True):
-        n_bytes[role] = sum(text_bytes[i] for i in chosen)
-        tokens[role] = _joined([encoded[i] for i in chosen], tokenizer.eos_id, job.dtype)
-    return EncodedUnit(unit_id, digests, counts, n_bytes, tokens)
+        for document, ids in zip(batch, encode_documents(batch, job.options.template, tokenizer, encode), strict=True):
+            digest = document_digest(document.identity())
+            is_val.append(_is_val(digest, job.val_ratio))
+            part.add(ROLES[is_val[-1]], digest, ids, eos, len(document.text.encode()))
+    unit_id = unit_id_of([part.digests])
+    part.end_unit(unit_id, counts, _orders(np.frombuffer(is_val, bool), unit_id, job.shuffle_seed))
 
 
-def encode_documents(documents: list[Document], template: Template, tokenizer: Tokenizer) -> list[np.ndarray]:
-    """The ids of each document, without an end-of-text. Names of special tokens become those tokens only where the template has put them."""
+def encode_documents(documents: list[Document], template: Template, tokenizer: Tokenizer, encode: Encode | None = None) -> list[np.ndarray]:
+    """The ids of each document, without an end-of-text. `encode`: what gives the tokenizer's ids faster.
+
+    Names of special tokens become those tokens only where the template has put them.
+    """
     segments = [document.segments(template) for document in documents]
-    texts = iter(tokenizer.encode_batch([segment.text for some in segments for segment in some if not segment.is_special]))
+    plain = [segment.text for some in segments for segment in some if not segment.is_special]
+    texts = iter((encode or tokenizer.encode_batch)(plain))
     pieces = [[_special(segment.text, tokenizer) if segment.is_special else next(texts) for segment in some] for some in segments]
     return [some[0] if len(some) == 1 else np.concatenate(some) for some in pieces]
 
@@ -103,7 +122,7 @@ def _special(name: str, tokenizer: Tokenizer) -> np.ndarray:
 
 
 def unit_id_of(digests: Iterable[bytes]) -> str:
-    """The identity of some documents in an order, whatever file they lie in."""
+    """The identity of some documents in an order, whatever file they lie in. `digests` may come joined."""
     return _identity(b"tally-unit/v1", digests)
 
 
@@ -139,9 +158,13 @@ def _is_val(digest: bytes, ratio: float) -> bool:
     return int.from_bytes(digest[:8], "big") < ratio * 2**64
 
 
-def _order(n_docs: int, unit_id: str, shuffle_seed: int | None) -> np.ndarray:
-    places = np.arange(n_docs)
-    return places if shuffle_seed is None or n_docs == 0 else Permutation(n_docs, shuffle_seed, unit_id, 0)(places)
+def _orders(is_val: np.ndarray, unit_id: str, shuffle_seed: int | None) -> dict[str, np.ndarray]:
+    """For each role the order of its documents, of which the unit's documents in a shuffled order are the union."""
+    if shuffle_seed is None or not len(is_val):
+        return {}
+    order = Permutation(len(is_val), shuffle_seed, unit_id, 0)(np.arange(len(is_val)))
+    of_role = {"train": ~is_val, "val": is_val}
+    return {role: (np.cumsum(chosen) - 1)[order[chosen[order]]] for role, chosen in of_role.items()}
 
 
 def _documents(unit: Unit, job: Job, counts: Counts) -> Iterator[Document]:
@@ -158,14 +181,3 @@ def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
             batch, n_chars = [], 0
     if batch:
         yield batch
-
-
-def _joined(documents: list[np.ndarray], eos_id: int, dtype: np.dtype) -> tuple[np.ndarray, np.ndarray]:
-    """All ids in one array with `eos_id` after each document, and the tokens of each."""
-    lengths = np.array([len(ids) + 1 for ids in documents], dtype=np.int64)
-    ends = np.cumsum(lengths)
-    joined = np.empty(ends[-1] if len(ends) else 0, dtype)
-    for ids, end in zip(documents, ends, strict=True):
-        joined[end - 1 - len(ids) : end - 1] = ids
-        joined[end - 1] = eos_id
-    return joined, lengths

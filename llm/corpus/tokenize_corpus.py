@@ -17,7 +17,7 @@ import llm
 from llm.corpus.assemble import ShardWriter, distinct_units, identify
 from llm.corpus.documents import Counts
 from llm.corpus.emit_jsonl import emit_jsonl
-from llm.corpus.encode import Job
+from llm.corpus.encode import FAST, REFERENCE, Job
 from llm.corpus.formats import tell_formats
 from llm.corpus.options import ReadOptions
 from llm.corpus.parts import ROLES, PartUnit, read_part
@@ -29,7 +29,8 @@ from llm.data.manifest import FILE_NAME, Manifest, load_manifest, write_manifest
 from llm.data.record import write_record
 from llm.data.shard_meta import ShardMeta, token_dtype
 from llm.log import UserError, log
-from llm.tokenizer import load_tokenizer, tokenizer_info
+from llm.tokenizer import Tokenizer, load_tokenizer, tokenizer_info
+from llm.tokenizer.fast import no_fast_encoder
 
 MAX_MALFORMED = 0.001
 WORK = ".work"
@@ -49,6 +50,8 @@ class Request:
     seq_len: int
     tokenizer_kind: str | None = None
     workers: int = 1
+    encoder: str = FAST
+    """FAST where it can be used, or REFERENCE."""
     val_ratio: float = 0.0
     shard_tokens: int = 1 << 27
     shuffle_seed: int | None = None
@@ -79,7 +82,8 @@ def tokenize_corpus(request: Request) -> Report:
     """Tokenize those inputs that `request.out` does not hold yet into new shards. Raises UserError, and then publishes nothing."""
     sources = find_sources(request.inputs, request.options)
     tell_formats([source.path for source in sources], request.options)
-    info = tokenizer_info(load_tokenizer(request.tokenizer_path, request.tokenizer_kind))
+    tokenizer = load_tokenizer(request.tokenizer_path, request.tokenizer_kind)
+    info = tokenizer_info(tokenizer)
     _existing(request, info)  # refuses before anything is written
     with _work_folder(request.out) as work:
         manifest = _existing(request, info)  # again, now that nobody else can change it
@@ -88,7 +92,7 @@ def tokenize_corpus(request: Request) -> Report:
         sources = unpacked(sources, work, request.options)
         units, unit_bytes = plan_units(sources, request.options, manifest)
         tasks = plan_tasks(units, _settings(request, info, manifest))
-        encoded_bytes, seconds = encode_all(tasks, job, request.workers)
+        encoded_bytes, seconds = encode_all(tasks, job, request.workers, _encoder(request, tokenizer))
 
         part_units = [unit for task in tasks for unit in read_part(work, task)]
         counts = _checked_counts(part_units)
@@ -147,6 +151,16 @@ def _existing(request: Request, info: dict) -> Manifest | None:
             f"{out}: was made for seq_len {manifest.seq_len}, not {request.seq_len}. Give --seq-len {manifest.seq_len}, or another --out."
         )
     return manifest
+
+
+def _encoder(request: Request, tokenizer: Tokenizer) -> str:
+    """FAST if that is wanted and can be had here."""
+    if request.encoder == REFERENCE:
+        return REFERENCE
+    if why_not := no_fast_encoder(tokenizer):
+        log.info(f"encoding with the reference encoder: {why_not}")
+        return REFERENCE
+    return FAST
 
 
 def _job(request: Request, info: dict, manifest: Manifest | None, work: Path) -> Job:

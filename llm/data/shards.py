@@ -39,14 +39,20 @@ class Shard:
         return shard
 
     def tokens(self, start: int, stop: int) -> np.ndarray:
-        """Ids [start, stop) as int64: the one place where stored ids are widened and held against the vocabulary."""
+        """Ids [start, stop) as int64."""
+        ids = np.empty(stop - start, np.int64)
+        self.read(start, stop, ids)
+        return ids
+
+    def read(self, start: int, stop: int, into: np.ndarray) -> None:
+        """Ids [start, stop) into int64: the one place where stored ids are widened and held against the vocabulary."""
         assert 0 <= start < stop <= self.meta.n_tokens, (start, stop, self.meta.n_tokens)
         stored = self._bin[start:stop]
         vocab_size = self.meta.tokenizer["vocab_size"]
         if stored.max() >= vocab_size:
             at = int(np.argmax(stored >= vocab_size))
             raise self._damaged("bin", f"token {start + at:,} is id {stored[at]}, beyond the vocabulary of {vocab_size:,}")
-        return stored.astype(np.int64)
+        into[:] = stored
 
     @cached_property
     def doc_ends(self) -> np.ndarray:

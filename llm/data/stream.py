@@ -49,7 +49,9 @@ def micro_batches(sampler: Sampler, g: int, batch_rows: int, rank: int, world_si
 
 
 def _batch(ids: np.ndarray, counted: np.ndarray, samples: np.ndarray) -> Batch:
-    targets = np.where(counted, ids[:, 1:], NOT_COUNTED)
+    targets = ids[:, 1:].copy()
+    if not counted.all():
+        targets[~counted] = NOT_COUNTED
     return Batch(torch.from_numpy(np.ascontiguousarray(ids[:, :-1])), torch.from_numpy(targets), None, samples)
 
 

@@ -9,6 +9,7 @@ def _alphabet() -> dict[str, int]:
 
 BYTE_OF = _alphabet()
 """Character to byte, in the order of GPT-2's first 256 ids."""
+CHAR_OF = {byte: char for char, byte in BYTE_OF.items()}
 
 
 def to_bytes(token: str) -> bytes:

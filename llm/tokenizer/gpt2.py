@@ -7,12 +7,11 @@ from functools import cached_property
 from pathlib import Path
 
 import numpy as np
-import tiktoken
 
 from llm.tokenizer import byte_level
-from llm.tokenizer.cut import CUT_CHARS, cut_text
 from llm.tokenizer.fingerprint import fingerprint
 from llm.tokenizer.protocol import END_OF_TEXT, PAD, SPECIAL_TOKENS, TokenizerError
+from llm.tokenizer.ranks import RankEncoder
 
 PATTERN = r"""'(?:[sdmt]|ll|ve|re)| ?\p{L}++| ?\p{N}++| ?[^\s\p{L}\p{N}]++|\s++$|\s+(?!\S)|\s"""
 MERGES, VOCABULARY = "vocab.bpe", "encoder.json"
@@ -37,22 +36,20 @@ class TiktokenTokenizer:
         self.special_ids = {name: len(self._ranks) + i for i, name in enumerate(SPECIAL_TOKENS)}
         self.eos_id, self.pad_id = self.special_ids[END_OF_TEXT], self.special_ids[PAD]
         self.vocab_size = len(self._ranks) + len(SPECIAL_TOKENS)
-        self._encoding = tiktoken.Encoding(
-            "gpt2-chatml", pat_str=PATTERN, mergeable_ranks=self._ranks, special_tokens=self.special_ids
-        )
+        self.rank_encoder = RankEncoder(self._ranks, PATTERN)
+        self._bytes_of = {i: token for token, i in self._ranks.items()} | {i: name.encode() for name, i in self.special_ids.items()}
 
     def encode(self, text: str) -> np.ndarray:
-        parts = [self._encoding.encode_to_numpy(part, disallowed_special=()) for part in cut_text(text, CUT_CHARS)]
-        return np.concatenate(parts) if len(parts) > 1 else parts[0]
+        return self.rank_encoder.encode(text)
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
-        return [self.encode(text) for text in texts]
+        return self.rank_encoder.encode_batch(texts)
 
     def decode(self, ids: Sequence[int]) -> str:
         return b"".join(self.token_bytes(int(i)) for i in ids).decode("utf-8", errors="replace")
 
     def token_bytes(self, token_id: int) -> bytes:
-        return self._encoding.decode_single_token_bytes(token_id) if token_id < self.vocab_size else b""
+        return self._bytes_of.get(token_id, b"")
 
     def save(self, folder: Path) -> None:
         for name, content in self._files.items():

@@ -12,6 +12,7 @@ from llm.tokenizer import byte_level
 from llm.tokenizer.cut import CUT_CHARS, cut_text
 from llm.tokenizer.fingerprint import fingerprint, probes
 from llm.tokenizer.protocol import END_OF_TEXT, PAD, SPECIAL_TOKENS, TokenizerError
+from llm.tokenizer.ranks import RankEncoder, rank_encoder_of
 
 FILE = "tokenizer.json"
 _END_NAMES = (END_OF_TEXT, "<|end_of_text|>", "</s>", "<eos>", "<|eos|>", "[EOS]", "<｜end▁of▁sentence｜>")
@@ -34,11 +35,20 @@ class HuggingFaceTokenizer:
         self.pad_id = next((self.special_ids[name] for name in _PAD_NAMES if name in self.special_ids), self.eos_id)
         self._refuse_leaks(origin)
 
+    @cached_property
+    def rank_encoder(self) -> RankEncoder | None:
+        """The same encoder in its fastest exact form, if that can say what this tokenizer does."""
+        return rank_encoder_of(self._hf, self._structure)
+
     def encode(self, text: str) -> np.ndarray:
+        if self.rank_encoder:
+            return self.rank_encoder.encode(text)
         parts = cut_text(text, self._cut_chars) if self._cut_chars else [text]
         return np.concatenate([self.encode_batch([part])[0] for part in parts]) if len(parts) > 1 else self.encode_batch(parts)[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
+        if self.rank_encoder:
+            return self.rank_encoder.encode_batch(texts)
         found = self._hf.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in found]
 
@@ -88,7 +98,7 @@ class HuggingFaceTokenizer:
                 return self.special_ids[name]
         raise TokenizerError(
             f"{origin}: has no end-of-text token: none of {', '.join(_END_NAMES)} is among its special tokens. Documents need one "
-            f"to end with; add it to the file's added_tokens with \"special\": true, or train a tokenizer with tools/train_tokenizer.py."
+            f'to end with; add it to the file\'s added_tokens with "special": true, or train a tokenizer with tools/train_tokenizer.py.'
         )
 
     def _refuse_leaks(self, origin: str) -> None:

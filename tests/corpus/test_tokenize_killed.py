@@ -1,15 +1,13 @@
 """Killed at any moment and run again: the same shards as an undisturbed run."""
 
 import contextlib
-import json
 import os
+import random
 import signal
-import subprocess
-import sys
 import time
-from pathlib import Path
 
 import pytest
+from launched import launch, workers_of
 from raw_text import manifest_id, prose, stamp_of, write_jsonl
 
 from llm.corpus import assemble
@@ -17,6 +15,8 @@ from llm.corpus import tokenize_corpus as module
 from llm.corpus.tokenize_corpus import WORK, tokenize_corpus
 from llm.data.manifest import load_manifest
 from llm.log import UserError
+
+KILLS = 30 if os.environ.get("TORTURE") else 3
 
 
 @pytest.fixture
@@ -26,35 +26,45 @@ def much_text(tmp_path):
     return tmp_path / "raw"
 
 
-def kill_during(request, signal_target, after_parts):
-    """Run in a process of its own; once `after_parts` parts are there, kill it or one of its workers. Returns what it printed."""
-    code = (
-        "import sys, json; from pathlib import Path; from llm import cli; from llm.corpus import plan\n"
-        "from llm.corpus.tokenize_corpus import Request, tokenize_corpus\n"
-        "def main():\n"
-        "    plan.MIN_UNIT_BYTES = plan.TASK_BYTES = 8 << 10\n"
-        "    a = json.loads(sys.argv[1])\n"
-        "    tokenize_corpus(Request(tuple(a['inputs']), Path(a['out']), a['tok'], 64, workers=2, val_ratio=0.1, shard_tokens=10_000))\n"
-        "if __name__ == '__main__': cli.run(main)\n"
-    )
-    script = Path(request.out).parent / "script.py"
-    script.write_text(code)
-    arguments = json.dumps({"inputs": request.inputs, "out": str(request.out), "tok": request.tokenizer_path})
-    env = {**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])}
-    command = [sys.executable, str(script), arguments]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, env=env)
-    while len(list((request.out / WORK).glob("*.digests"))) < after_parts and process.poll() is None:
+def kill_when(request, signal_target, pattern, n_files):
+    """Once there are so many files of this pattern, kill the run or one of its workers. Returns its exit code and what it printed."""
+    process = launch(request, workers=2, val_ratio=0.1, shard_tokens=10_000)
+    while len(list(request.out.glob(pattern))) < n_files and process.poll() is None:
         pass
-    assert process.poll() is None, process.stdout.read()
-    victim = process.pid if signal_target == "parent" else workers_of(process.pid)[0]
-    os.kill(victim, signal.SIGKILL)
-    output = process.communicate()[0]
-    return process.returncode, output
+    if process.poll() is None:
+        victims = workers_of(process.pid) if signal_target == "worker" else []
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(victims[0] if victims else process.pid, signal.SIGKILL)
+    return process.wait(), process.communicate()[0]
 
 
-def workers_of(pid):
-    children = Path(f"/proc/{pid}/task/{pid}/children").read_text().split()
-    return [int(child) for child in children if "spawn_main" in Path(f"/proc/{child}/cmdline").read_text()]
+def go_on(request):
+    """Run again; the workers of a killed parent leave by themselves, and until then may hold nothing that stops us."""
+    time_out = time.monotonic() + 30
+    while True:
+        try:
+            return tokenize_corpus(request)
+        except UserError:
+            assert time.monotonic() < time_out
+
+
+@pytest.mark.timeout(900)
+def test_killed_at_random_points_and_run_again_gives_what_an_undisturbed_run_gives(request_for, much_text, tmp_path):
+    settings = {"workers": 2, "val_ratio": 0.1, "shard_tokens": 10_000}
+    tokenize_corpus(request_for("undisturbed", **settings))
+    seed = int.from_bytes(os.urandom(4), "big")
+    chance, killed = random.Random(seed), 0
+    for number in range(KILLS):
+        request, victim = request_for(f"killed-{number}", **settings), chance.choice(["parent", "worker"])
+        pattern, most = chance.choice([(f"{WORK}/*.digests", 60), (f"{WORK}/*.json", 60), ("*.bin", 6), ("*.tmp", 1)])
+        n_files = chance.randint(1, most)
+        code, output = kill_when(request, victim, pattern, n_files)
+        killed += code != 0
+        go_on(request)
+        said = f"seed {seed}, kill {number}: {victim} at {n_files} of {pattern}, exit code {code}: {output}"
+        assert manifest_id(request.out) == manifest_id(tmp_path / "undisturbed"), said
+        assert not list(request.out.glob("*.tmp")) and not (request.out / WORK).exists(), said
+    assert killed, "every run ended before it could be killed"
 
 
 @pytest.mark.parametrize("victim", ["parent", "worker"])
@@ -62,16 +72,12 @@ def test_killed_at_any_part_and_run_again_gives_what_an_undisturbed_run_gives(vi
     settings = {"workers": 2, "val_ratio": 0.1, "shard_tokens": 10_000}
     tokenize_corpus(request_for("undisturbed", **settings))
     request = request_for("killed", **settings)
-    code, output = kill_during(request, victim, after_parts=3)
+    code, output = kill_when(request, victim, f"{WORK}/*.digests", 3)
+    assert code != 0
     if victim == "worker":
         assert code == 2 and "a worker process died" in output and "Run the same command again" in output and "Traceback" not in output
     assert not (request.out / "manifest.json").exists()
-    time_out = time.monotonic() + 30
-    while True:  # the workers of a killed parent leave by themselves; until then they may hold nothing that stops us
-        with contextlib.suppress(UserError):
-            tokenize_corpus(request)
-            break
-        assert time.monotonic() < time_out
+    go_on(request)
     assert "parts are there already" in capsys.readouterr().out
     assert manifest_id(request.out) == manifest_id(tmp_path / "undisturbed")
 

@@ -88,9 +88,9 @@ def test_values_out_of_range_are_refused(change, request_for):
 def test_a_worker_that_cannot_read_its_file_is_told_in_one_paragraph(request_for, raw, monkeypatch):
     real = ProcessPoolExecutor.submit
 
-    def without_the_file(self, run_task, task):
+    def without_the_file(self, run_task, *args):
         (raw / "0.txt").unlink(missing_ok=True)
-        return real(self, run_task, task)
+        return real(self, run_task, *args)
 
     monkeypatch.setattr(ProcessPoolExecutor, "submit", without_the_file)
     said = refusal(request_for())

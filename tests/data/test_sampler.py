@@ -135,3 +135,14 @@ def test_progress_does_not_change_the_order(tmp_path):
     phase = plan(counting_shards(tmp_path, SIZES))
     later = replace(phase, consumed=17, first_step=1, last_step=4)
     assert np.array_equal(phase.samples_at(np.arange(phase.total)), later.samples_at(np.arange(phase.total)))
+
+
+def test_draws_over_the_borders_of_blocks_and_epochs_are_those_of_the_phase(tmp_path, monkeypatch):
+    monkeypatch.setattr("llm.data.sampler.BLOCK_DRAWS", 16)
+    shards = counting_shards(tmp_path, [400])
+    phase = Phase.plan("s0", 7, 3, 8, shards)
+    sampler = Sampler(phase, shards)
+    for draws in (np.arange(10, 40), np.array([5, -1, 149, 17]), np.arange(phase.total - 3, phase.total)):
+        real = draws >= 0
+        ids, _ = sampler.rows(draws)
+        assert np.array_equal(ids[real, 0], phase.samples_at(draws[real]) * 8)

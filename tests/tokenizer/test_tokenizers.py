@@ -196,7 +196,7 @@ def test_long_text_in_parts_has_the_ids_of_the_whole(kind, tmp_path, monkeypatch
     text = "".join(part + space for part in probes() for space in ("a ", "b\n", "c\t\t", "d \n"))
     whole = load_tokenizer(tmp_path / kind).encode(text)
     monkeypatch.setattr(huggingface_module, "CUT_CHARS", 10)
-    monkeypatch.setattr("llm.tokenizer.gpt2.CUT_CHARS", 10)
+    monkeypatch.setattr("llm.tokenizer.ranks.CUT_CHARS", 10)
     assert len(cut_module.cut_text(text, 10)) > 200
     np.testing.assert_array_equal(load_tokenizer(tmp_path / kind).encode(text), whole)
 

@@ -3,7 +3,7 @@
 import pytest
 
 from llm.log import UserError
-from llm.tokenizer.train import MAX_SAMPLE_BYTES, train_bpe
+from llm.tokenizer.train import MAX_SAMPLE_BYTES, MAX_TOKEN_BYTES, held_out, train_bpe
 
 DOCUMENTS = [f"document {i}: the quick brown fox number {i * 7919} jumps over the lazy dog {i % 13}\n" * 3 for i in range(300)]
 
@@ -63,3 +63,21 @@ def test_numbers_are_split_into_groups_of_at_most_three_digits():
 def test_impossible_wishes_are_refused(documents, vocab_size, sample_bytes, said):
     with pytest.raises(UserError, match=said):
         train_bpe(documents, vocab_size, sample_bytes)
+
+
+def test_no_token_is_longer_than_32_bytes_and_the_vocabulary_is_full_all_the_same():
+    rulers = ["=" * 400 + "\n", "-" * 300 + "\n", "x" * 500 + " "] * 40
+    tokenizer = train_bpe([*rulers, *DOCUMENTS], 320).tokenizer
+    assert tokenizer.vocab_size == 324
+    assert max(len(tokenizer.token_bytes(i)) for i in range(320)) == MAX_TOKEN_BYTES
+    assert tokenizer.rank_encoder, "it has no form as ranks"
+
+
+def test_text_that_is_held_out_is_the_same_for_everybody_and_never_in_the_sample(monkeypatch):
+    from llm.tokenizer import train
+
+    trained_on, real = [], train._train
+    monkeypatch.setattr(train, "_train", lambda texts, size: real(iter(trained_on.extend(texts) or trained_on), size))
+    train_bpe(DOCUMENTS, 300)
+    out = {piece for text in DOCUMENTS for piece in held_out(text)}
+    assert out and trained_on and not out & set(trained_on) and out | set(trained_on) == set(DOCUMENTS)
