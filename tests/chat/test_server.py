@@ -59,7 +59,7 @@ def test_max_tokens_are_bounded_by_the_server_and_null_means_not_said(server):
 
 
 BAD_BODIES = {
-    "nothing": b"", "no JSON": b"{", "not UTF-8": b'{"messages": "\xff"}', "a list": b"[]", "NaN": b'{"seed": NaN}',
+    "nothing": b"", "no JSON": b"{", "not UTF-8": b'{"messages": "\xff"}', "a list": b"[]", "NaN": json.dumps(CHAT | {"user": float("nan")}).encode(),
     "nested": b"[" * 60_000, "a huge number": b'{"seed": ' + b"9" * 5000 + b"}",
     "a lone surrogate": b'{"messages": [{"role": "user", "content": "\\ud800"}]}',
     **{f"{name}={value!r:.40}": json.dumps(CHAT | {name: value}).encode() for name, value in [
@@ -162,6 +162,12 @@ def test_a_client_that_sends_a_byte_now_and_then_is_cut_off_and_keeps_nobody_wai
             except TimeoutError:
                 assert answer(server)
         assert said.startswith(b"HTTP/1.1 408")
+
+
+def test_a_client_that_says_nothing_is_cut_off():
+    with serving(arrival_s=0.3) as server, socket.create_connection(server.server_address) as silent:
+        silent.settimeout(10)
+        assert silent.recv(100) == b""
 
 
 class Held:
