@@ -53,8 +53,8 @@ def stop_texts(template: Template) -> list[str]:
 
 def check(template: Template, tokenizer: Tokenizer) -> None:
     """Raises PromptError when the tokenizer lacks a special token of the template."""
-    for name in template.special:
-        if name in template.turn and name not in tokenizer.special_ids:
+    for name in template.special_in_use():
+        if name not in tokenizer.special_ids:
             raise PromptError(
                 f"the chat template needs the special token {name!r}, and this model's tokenizer has none of that name. "
                 f"Give the template the model was fine-tuned with: --template FILE."

@@ -8,8 +8,8 @@ from importlib.util import find_spec
 from pathlib import Path
 
 import pytest
-from launched import launch
 from raw_text import contents
+from tokenizing import launch
 
 from llm.corpus.tokenize_corpus import tokenize_corpus
 

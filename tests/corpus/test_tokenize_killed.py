@@ -7,8 +7,8 @@ import signal
 import time
 
 import pytest
-from launched import launch, workers_of
 from raw_text import manifest_id, prose, stamp_of, write_jsonl
+from tokenizing import launch, workers_of
 
 from llm.corpus import assemble
 from llm.corpus import tokenize_corpus as module
