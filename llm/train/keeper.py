@@ -11,7 +11,7 @@ import llm
 from llm import durable
 from llm.checkpoint import folder
 from llm.checkpoint.hashes import file_sha256
-from llm.checkpoint.lock import RunLock
+from llm.checkpoint.lock import LockLost, RunLock
 from llm.checkpoint.manifest import NAME, Manifest, Parameter, Parent
 from llm.checkpoint.resume import Checkpoint
 from llm.checkpoint.retention import Retention, apply_retention
@@ -133,10 +133,11 @@ class Keeper:
         """What may fail without harm: the checkpoint is committed already."""
         try:
             self.view = seen_view(self._ledger, self.view)
+            self.lock.check()  # thinning and deleting in a folder that is another job's now could take what it stands on
             durable.write_text(self.run / "seen_datasets.json", json.dumps(self.view, indent=2) + "\n")
             protect = {path} | ({self.resumed_from} if self.resumed_from else set())
             apply_retention(self.run, self._retention(), protect, folder.other_branches(self.run, self.attempt, self.lineage))
-        except OSError as error:
+        except (OSError, LockLost) as error:
             log.warning(f"After saving {path.name}: {error}.")
         log.info(f"saved {path}")
 
