@@ -53,7 +53,7 @@ def main() -> None:
         identity = [manifest.self_sha256, args.dtype, args.shots or 0]
         _mmlu(args, model, tokenizer, subjects, results, identity)
     if "perplexity" in tasks:
-        _perplexity(args, model, tokenizer, results)
+        _perplexity(args, model, tokenizer, manifest, results)
     if others:
         _others(model, tokenizer, task_files, args.shots, results)
     log.info(f"kept in {folder}")
@@ -130,7 +130,7 @@ def _beside_harness(model, tokenizer, subjects, shots: int, correct: dict[str, l
     print_table(["right answers", "ours", "harness", "same"], rows)
 
 
-def _perplexity(args, model, tokenizer, results) -> None:
+def _perplexity(args, model, tokenizer, manifest, results) -> None:
     from llm.corpus.options import read_options
     from llm.eval import perplexity
     from llm.eval.results import print_table
@@ -138,7 +138,8 @@ def _perplexity(args, model, tokenizer, results) -> None:
     options = read_options(args)
     shards = [path for path in args.text if perplexity.is_shards(path)]
     texts = [path for path in args.text if path not in shards]
-    found = {str(path): perplexity.of_shards(model, tokenizer, [path], args.rows) for path in shards}
+    cut = {key: value for key, value in manifest.config.get("data", {}).items() if key in ("document_mask", "packing")}
+    found = {str(path): perplexity.of_shards(model, tokenizer, [path], args.rows, **cut) for path in shards}
     found |= {str(path): perplexity.of_files(model, tokenizer, [path], options, args.stride) for path in texts}
     rows = [[name, f"{v['loss']:.4f}", f"{v['perplexity']:,.2f}", f"{v['bits_per_byte']:.4f}"] for name, v in found.items()]
     print_table(["perplexity", "loss", "perplexity", "bits per byte"], rows)

@@ -15,6 +15,7 @@ from llm.data.phase import count_samples
 from llm.data.shards import Shard
 from llm.data.stream import Batch, eval_batches
 from llm.dist import World
+from llm.engine.protocol import model_inputs
 from llm.eval.likelihood import batch_tokens, score, windows
 from llm.log import Progress, UserError, progress
 from llm.model.transformer import Transformer
@@ -51,26 +52,27 @@ def of_files(model: Transformer, tokenizer: Tokenizer, paths: list[Path], option
     return of_text(model, tokenizer, (document.text for document in read_all([str(path) for path in paths], options)), stride)
 
 
-def of_shards(model: Transformer, tokenizer: Tokenizer, paths: list[Path], max_rows: int | None = None) -> dict[str, float]:
+def of_shards(
+    model: Transformer, tokenizer: Tokenizer, paths: list[Path], max_rows: int | None = None, document_mask: bool = False, packing: str | None = None
+) -> dict[str, float]:
     """{"loss", "perplexity", "bits_per_byte"} of the validation shards, or if there are none the training shards, as training measures them.
 
-    `max_rows`: so many windows spread over all, as train.eval_rows does.
+    `max_rows`: so many windows spread over all, as train.eval_rows does. `document_mask`, `packing`: as the run's data section has them.
     """
     shards: list[Shard] = find_shards(paths, "val") or find_shards(paths, "train")
     check_compatible(shards, tokenizer.fingerprint, model.cfg.seq_len, rechunk=True)
     rows = max(1, batch_tokens(model) // model.cfg.seq_len)
     byte_lengths = token_byte_lengths(tokenizer, model.cfg.vocab_size)
-    n_rows = sum(count_samples(shard.meta.n_tokens, model.cfg.seq_len) for shard in shards)
+    n_rows = sum(count_samples(shard, model.cfg.seq_len, packing) for shard in shards)
     with progress(min(n_rows, max_rows or n_rows), "reading", "windows") as bar:
         engine = SimpleNamespace(evaluate=lambda batch: _loss_sum(model, batch, bar))
-        found = validate(engine, lambda: eval_batches(shards, model.cfg.seq_len, rows, 0, 1, max_rows), byte_lengths, World())
+        found = validate(engine, lambda: eval_batches(shards, model.cfg.seq_len, rows, 0, 1, max_rows, document_mask, packing), byte_lengths, World())
     return _named(found["loss"], found["bits_per_byte"])
 
 
 @torch.inference_mode()
 def _loss_sum(model: Transformer, batch: Batch, bar: Progress) -> tuple[float, int]:
-    device = model.head.weight.device
-    loss = model(batch.tokens_BT.to(device), batch.targets_BT.to(device))
+    loss = model(**model_inputs(batch, model.head.weight.device))
     bar.advance(int((batch.samples >= 0).sum()))
     return loss.item(), int((batch.targets_BT >= 0).sum())
 

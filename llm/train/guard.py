@@ -4,7 +4,7 @@ import math
 from statistics import fmean, pstdev
 
 LEAST_STEPS = 32  # fewer say little about what is usual
-LEAST_RISE = 0.1  # nats per token: what a loss may rise without harm, also where a text known by heart leaves it near 0
+LEAST_RISE = 0.5  # nats per token: what a loss may rise without harm, also where a text known by heart leaves it near 0
 FLOOR = 1e-3  # of the mean: where losses hardly differ, their rounding must not pass for a spike
 
 Recent = dict[str, list[float]]
@@ -32,8 +32,7 @@ class SpikeGuard:
         """Why this loss must not move the weights, with value and limit; None when it may."""
         if not math.isfinite(loss):
             return f"the loss was {loss}"
-        before = self._of("losses")
-        return self._spike("loss", loss, before) if before and loss > fmean(before) + LEAST_RISE else None
+        return self._spike("loss", loss, self._of("losses"), LEAST_RISE)
 
     def applied(self, loss: float, grad_norm: float) -> str | None:
         """Book an applied step. Returns what is odd about its gradient's norm, once for as long as it stays odd."""
@@ -44,11 +43,11 @@ class SpikeGuard:
         told, self._norm_was_high = self._norm_was_high, odd is not None
         return None if told else odd
 
-    def _spike(self, what: str, value: float, before: list[float]) -> str | None:
+    def _spike(self, what: str, value: float, before: list[float], least_rise: float = 0.0) -> str | None:
         if not self.sigma or len(before) < max(LEAST_STEPS, self.window // 2):
             return None
         limit, mean, deviation = self._limit(before)
-        if value <= limit:
+        if value <= max(limit, mean + least_rise):
             return None
         return (
             f"the {what} was {value:.6g}, above {limit:.6g} = {mean:.6g} + {self.sigma:g} x {deviation:.3g}, "

@@ -29,7 +29,7 @@ def tokenizer():
 def model(seq_len: int = 512, **changes) -> Transformer:
     """Sure of itself: its likelihoods lie far apart."""
     fields = dict(n_layers=2, d_model=32, n_heads=4, n_kv_heads=2, d_ff=48, seq_len=seq_len, init_std=0.3) | changes
-    made = build_model(ModelConfig(**fields).with_vocab(tokenizer().vocab_size), seed=3).eval()
+    made = build_model(ModelConfig(**fields).with_vocab(tokenizer().vocab_size), seed=2).eval()
     made.head.weight.data *= 8  # else one token beats two whatever they are
     return made
 
