@@ -24,8 +24,8 @@ PAGE = 4096  # what direct I/O wants offsets, lengths and addresses to be multip
 def write_checked(path: Path, row: list["torch.Tensor"]) -> tuple[int, str]:
     """Write 1-D fp32 tensors one after another to a new file; returns its size in bytes and SHA-256. Raises OSError.
 
-    The hash is of what came back from the device after fsync, and that is equal to memory, byte for byte. Where direct I/O is to be had
-    (most local disks), what comes back has not been in the page cache; elsewhere the cache is asked to drop the file first, which a file
+    The hash is of what was handed to the system. What came back from the device after fsync is equal to memory, byte for byte. Where direct I/O
+    is to be had (most local disks), it has not been in the page cache; elsewhere the cache is asked to drop the file first, which a file
     system may ignore. A device's own cache may answer in either case.
     """
     blocks, size = list(_blocks(row)), 4 * sum(len(t) for t in row)
@@ -34,22 +34,24 @@ def write_checked(path: Path, row: list["torch.Tensor"]) -> tuple[int, str]:
         with ThreadPoolExecutor(2) as pool:
             buffers = [np.frombuffer(mmap.mmap(-1, BLOCK_BYTES), np.uint8) for _ in range(SLOTS)]  # aligned to pages
 
-            def write(i: int) -> None:
-                _write_all(handle, _fill(buffers[i % SLOTS], blocks[i]), i * BLOCK_BYTES, is_direct)
+            def write(i: int) -> np.ndarray:
+                content = _fill(buffers[i % SLOTS], blocks[i])
+                _write_all(handle, content, i * BLOCK_BYTES, is_direct)
+                return content[: size - i * BLOCK_BYTES]  # the last block is padded
 
-            for _ in _in_order(pool, write, len(blocks)):
-                pass
-            os.ftruncate(handle, size)  # the last block was padded
+            digest = hashlib.sha256()
+            for content in _in_order(pool, write, len(blocks)):  # hashing while the disk is waited for
+                digest.update(content)
+            os.ftruncate(handle, size)
             os.fsync(handle)
             if hasattr(os, "posix_fadvise"):
                 os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
 
-            def read(i: int) -> np.ndarray:
-                return _read_same(buffers[i % SLOTS], blocks[i], handle, i * BLOCK_BYTES)
+            def read(i: int) -> None:
+                _check_same(buffers[i % SLOTS], blocks[i], handle, i * BLOCK_BYTES)
 
-            digest = hashlib.sha256()
-            for content in _in_order(pool, read, len(blocks)):
-                digest.update(content)
+            for _ in _in_order(pool, read, len(blocks)):
+                pass
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
@@ -95,8 +97,8 @@ def _fill(buffer: np.ndarray, block: list["torch.Tensor"]) -> np.ndarray:
     return buffer[:end]
 
 
-def _read_same(buffer: np.ndarray, block: list["torch.Tensor"], handle: int, offset: int) -> np.ndarray:
-    """What the file holds at `offset`, read into `buffer`. Raises OSError unless it is the block."""
+def _check_same(buffer: np.ndarray, block: list["torch.Tensor"], handle: int, offset: int) -> None:
+    """Read what the file holds at `offset` into `buffer`. Raises OSError unless it is the block."""
     got, nbytes = 0, 4 * sum(len(values) for values in block)
     while got < nbytes and (n := os.preadv(handle, [buffer[got:]], offset + got)):
         got += n
@@ -106,7 +108,6 @@ def _read_same(buffer: np.ndarray, block: list["torch.Tensor"], handle: int, off
         if not np.array_equal(ours, bits[at : at + len(ours)]):
             raise OSError(errno.EIO, "what was read back is not what was written; the disk or its driver is failing")
         at += len(ours)
-    return buffer[:nbytes]
 
 
 def _create(path: Path) -> tuple[int, bool]:
