@@ -153,7 +153,8 @@ class SliceReader:
 def state_hash(slices: Iterable[Slice]) -> int:
     """A signed 64-bit sum over elements of a mix of (parameter, kind, index, bits): add the ranks' sums, wrapping, for the state's hash.
 
-    A sum does not care who held which element, so it is the same for every engine, stage and world size. Mixing: splitmix64.
+    A sum does not care who held which element, so it is the same for every engine, stage and world size. One round of splitmix64's mixing
+    is enough to tell values, places and names apart; against those who mean ill there are the files' hashes.
     """
     total = 0
     for s in slices:
@@ -169,7 +170,7 @@ def wrap(number: int) -> int:
 
 
 _MASK = (1 << 64) - 1
-_WEYL, _MIX_1, _MIX_2 = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9, 0x94D049BB133111EB
+_WEYL, _MIX = 0x9E3779B97F4A7C15, 0xBF58476D1CE4E5B9
 
 
 def _mixed_sum(values: "torch.Tensor", start: int, name: int) -> int:
@@ -183,9 +184,8 @@ def _mixed_sum_gpu(values: "torch.Tensor", start: int, name: int) -> int:
     bits = values.view(torch.int32).to(torch.int64)
     z = torch.arange(start, start + bits.numel(), dtype=torch.int64, device=bits.device)
     z = (z * _signed(_WEYL) + name) ^ bits
-    z = (z ^ (z >> 30 & (1 << 34) - 1)) * _signed(_MIX_1)
-    z = (z ^ (z >> 27 & (1 << 37) - 1)) * _signed(_MIX_2)
-    return int((z ^ (z >> 31 & (1 << 33) - 1)).sum().item())
+    z = z * _signed(_MIX)
+    return int((z ^ (z >> 32 & (1 << 32) - 1)).sum().item())
 
 
 def _signed(number: int) -> int:
@@ -204,10 +204,8 @@ def _mixed_sum_cpu(values: np.ndarray, start: int, name: int) -> int:
         np.add(ramp[:n], np.uint64(((start + begin) * _WEYL + name) & _MASK), out=a)
         np.copyto(b.view(np.int64), bits[begin : begin + n])  # keeps the sign, as the other does
         np.bitwise_xor(a, b, out=a)
-        for shift, factor in ((30, _MIX_1), (27, _MIX_2), (31, None)):
-            np.right_shift(a, np.uint64(shift), out=b)
-            np.bitwise_xor(a, b, out=a)
-            if factor:
-                np.multiply(a, np.uint64(factor), out=a)
+        np.multiply(a, np.uint64(_MIX), out=a)
+        np.right_shift(a, np.uint64(32), out=b)
+        np.bitwise_xor(a, b, out=a)
         total += int(a.sum(dtype=np.uint64))
     return total
