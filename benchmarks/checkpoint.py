@@ -9,7 +9,6 @@ later the commit), and DCP's own `save` and `async_save`, which neither hash nor
 """
 
 import argparse
-import json
 import os
 import shutil
 import statistics
@@ -22,7 +21,7 @@ from pathlib import Path
 import torch
 import torch.distributed as dist
 import torch.distributed.checkpoint as dcp
-from machine import machine
+from machine import machine, write_json
 
 from llm import cli
 from llm.checkpoint.manifest import Manifest, Parameter
@@ -49,9 +48,7 @@ def main() -> None:
     report = summarise(rounds, sum(4 * s.values.numel() for s in slices))
     report |= {"rounds": rounds, "params": args.params, "machine": machine(["torch", "numpy"])}
     print_table(report)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(report, args.out)
 
 
 def arguments() -> argparse.Namespace:

@@ -20,7 +20,7 @@ import threading
 import time
 from pathlib import Path
 
-from machine import machine
+from machine import machine, write_json
 
 from llm import cli
 from llm.log import UserError, log
@@ -47,9 +47,7 @@ def main() -> None:
     report = {"machine": machine(packages), "corpus_bytes": corpus_bytes, "workers": WORKERS, "rounds": rounds}
     report["summary"] = summarise(rounds, corpus_bytes)
     print_table(report)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(report, args.out)
     counts = {name: s["tokens"] for name, s in report["summary"].items()}
     if len(set(counts.values())) > 1:
         log.warning(f"not the same number of tokens everywhere: {counts}")

@@ -23,7 +23,7 @@ from itertools import count
 from pathlib import Path
 
 import numpy as np
-from machine import machine
+from machine import machine, write_json
 
 from llm import cli
 from llm.data.manifest import find_shards, write_manifest
@@ -60,9 +60,7 @@ def main() -> None:
         for name in rounds[0]
     }
     print_table(report)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(report, args.out)
 
 
 def arguments() -> argparse.Namespace:

@@ -1,5 +1,6 @@
 """What a benchmark says of the machine and the code it ran on."""
 
+import json
 import os
 import platform
 import subprocess
@@ -17,6 +18,13 @@ def machine(packages: list[str]) -> dict:
         "python": platform.python_version(), "system": platform.platform(), "commit": _commit(),
         "packages": {name: _version(name) for name in packages},
     }  # fmt: skip
+
+
+def write_json(report: dict, path: Path | None) -> None:
+    """All figures of a run, where they were asked for."""
+    if path:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(report, indent=1) + "\n")
 
 
 def _version(package: str) -> str | None:

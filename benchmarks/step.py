@@ -12,7 +12,6 @@ ratio is the median over rounds of ours by theirs in the same round. Data are ra
 """
 
 import argparse
-import json
 import math
 import os
 import statistics
@@ -22,7 +21,7 @@ from pathlib import Path
 
 import torch
 from contenders import NEEDS, others
-from machine import machine
+from machine import machine, write_json
 from nanogpt_loop import Loop
 
 from llm import cli
@@ -59,9 +58,7 @@ def main() -> None:
         "machine": machine(["torch", "numpy"]) | setting(args.device, args.keep_memory),
     }  # fmt: skip
     print_table(report)
-    if args.out:
-        args.out.parent.mkdir(parents=True, exist_ok=True)
-        args.out.write_text(json.dumps(report, indent=1) + "\n")
+    write_json(report, args.out)
 
 
 def arguments() -> argparse.Namespace:

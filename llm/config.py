@@ -223,7 +223,7 @@ class TrainConfig(Section):
     """Global L2 norm; None leaves gradients alone."""
     spike_sigma: Annotated[float, Field(ge=0)] | None = 6.0
     """A step whose loss lies more than so many standard deviations above the mean of the last `spike_window` applied steps is skipped, and
-    a gradient norm that does is reported. 0 or None: only numbers that are not finite are."""
+    a gradient norm that does is reported; a loss may rise by half a nat in any case. 0 or None: only numbers that are not finite are."""
     spike_window: Annotated[int, Field(ge=32)] = 128
     """Steps; nothing is judged before half of them, and 32 at least, have been applied in the phase."""
     seed: NonNegativeInt = 1337

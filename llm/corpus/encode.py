@@ -106,9 +106,7 @@ def encode_documents(
 ) -> list[tuple[np.ndarray, Spans]]:
     """The ids of each document, without an end-of-text, and which of them and the end-of-text that will follow carry loss.
 
-    `encode`: what gives the tokenizer's ids faster.
-
-    Names of special tokens become those tokens only where the template has put them.
+    `encode`: what gives the tokenizer's ids faster. Names of special tokens become those tokens only where the template has put them.
     """
     segments = [document.segments(template) for document in documents]
     texts = iter((encode or tokenizer.encode_batch)([segment.text for some in segments for segment in some if not segment.is_special]))
