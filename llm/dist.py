@@ -145,10 +145,12 @@ def start(*, init_method: str | None = None, place: tuple[int, int, int] | None 
     import torch.distributed as dist
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    if _is_on_one_host():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if init_method is None and "MASTER_ADDR" not in os.environ:
         raise UserError(
             "Several processes, but MASTER_ADDR is not set, so they cannot find each other. Start with torchrun, or export MASTER_ADDR "
-            "and MASTER_PORT."
+            "(the host of rank 0) and MASTER_PORT; with mpirun -x MASTER_ADDR=HOST. See docs/clusters.md."
         )
     os.environ.setdefault("MASTER_PORT", "29500")
     if init_method is None and "GLOO_SOCKET_IFNAME" not in os.environ and (interface := _interface_towards(os.environ["MASTER_ADDR"])):
@@ -162,6 +164,13 @@ def start(*, init_method: str | None = None, place: tuple[int, int, int] | None 
     meeting = {"store": _store_of_this_start(timeout)} if restartable else {"init_method": init_method}
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, **meeting)
     return World(rank, size, local_rank, group=dist.new_group(backend="gloo", timeout=timeout))
+
+
+def _is_on_one_host() -> bool:
+    """Whether mpirun or srun has started all its processes on this host."""
+    env = os.environ
+    mpi_here, nodes = env.get("OMPI_COMM_WORLD_LOCAL_SIZE"), env.get("SLURM_STEP_NUM_NODES")
+    return mpi_here == env["OMPI_COMM_WORLD_SIZE"] if mpi_here else nodes == "1"
 
 
 def _interface_towards(host: str) -> str | None:

@@ -1,6 +1,7 @@
-"""The files of clusters/ and their page: Slurm's script under stand-ins for srun and scontrol, mpirun, and variables of launchers."""
+"""Slurm's script under stand-ins for srun and scontrol, and mpirun; clusters/torchrun.sh runs in tests/faults/test_two_hosts.py."""
 
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -80,8 +81,8 @@ def test_before_the_time_limit_a_slurm_job_saves_and_queues_again_and_the_next_o
     assert job.returncode == 0 and "SIGUSR1" in output and "go on" in output, output
     assert noted(slurm) == [f"requeue {os.getpid()}"]
 
-    job = submit(slurm | {"SLURM_RESTART_COUNT": "1"}, "--config", config, f"total_step_budget={saved.step + 2}", "--accept-change",
-                 "train.total_step_budget")  # fmt: skip
+    rest = [f"total_step_budget={saved.step + 2}", "--accept-change", "train.total_step_budget"]
+    job = submit(slurm | {"SLURM_RESTART_COUNT": "1", "SLURM_NTASKS": "1"}, "--config", config, *rest)
     output = job.communicate(timeout=60)[0]
     assert job.returncode == 0 and f"resumes {saved.path} (saved on {TASKS} ranks)" in output, output
     assert folder.entries(run)[-1].step == saved.step + 2 and len(noted(slurm)) == 1, output
@@ -103,3 +104,16 @@ def test_a_requeued_slurm_job_takes_the_lock_of_its_former_life(slurm, tmp_path)
     install(tmp_path / "bin" / "python", PRETENDED)
     submit(slurm | {"CODE": "0", "SLURM_RESTART_COUNT": "2"}, "--config", "x").communicate(timeout=20)
     assert noted(slurm) == ["launch/train.py --config x --steal-lock"] * TASKS
+
+
+MPIRUN = shutil.which("mpirun", path=f"{BIN}{os.pathsep}{os.environ['PATH']}")
+
+
+@pytest.mark.skipif(not MPIRUN, reason="there is no mpirun: pip install 'tally-llm[mpi]'")
+def test_mpirun_on_one_host_needs_no_address(tmp_path):
+    config = make_run(tmp_path)
+    command = [MPIRUN, "--allow-run-as-root", "--oversubscribe", "-n", "2", sys.executable, "launch/train.py", "--config", config]
+    env = {name: value for name, value in os.environ.items() if name not in ("MASTER_ADDR", "MASTER_PORT")} | {"OMP_NUM_THREADS": "1"}
+    done = subprocess.run([*map(str, command), "--steps-today", "2"], cwd=ROOT, env=env, timeout=60, capture_output=True, text=True)
+    assert done.returncode == 0 and "x 2 ranks" in done.stdout and "--steps-today 2 done" in done.stdout, done.stdout + done.stderr
+    assert [e.step for e in folder.entries(tmp_path / "checkpoints" / "little")] == [2]
