@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-from counts import TORTURE, done
+from counts import TORTURE, done, torture
 from hosts import ADDRESSES, Hosts, two_hosts
-from launched import ROOT, Launched
+from launched import BIN, ROOT, Launched
 from lives import assert_fed_once, committed, exit_note, fault_run, live, start
 
 from llm.checkpoint.resume import newest
@@ -116,3 +116,17 @@ def test_torchrun_meets_trains_and_ends_on_both_hosts_when_one_goes_and_the_ledg
     verify = [sys.executable, "tools/ledger.py", "verify", load_config(config).run_folder]
     audit = subprocess.run(verify, cwd=ROOT, capture_output=True, text=True)
     assert audit.returncode == 0, audit.stdout + audit.stderr
+
+
+@torture
+def test_deepspeed_with_a_hostfile_trains_on_both_hosts(hosts, config, tmp_path):
+    (tmp_path / "hostfile").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+    words = [BIN / "deepspeed", "--hostfile", tmp_path / "hostfile", "--no_ssh", "--master_addr", ADDRESSES[0]]
+    first, second = (
+        Launched([*hosts.prefix(host), *words, "--node_rank", host], config, "zero_stage=2", "hang_timeout_s=30", FED=str(tmp_path / "fed"))
+        for host in (0, 1)
+    )
+    with first, second:
+        output = first.ended() + second.ended()
+    assert (first.process.returncode, second.process.returncode) == (0, 0), output
+    assert_fed_once(config, STEPS, EPOCHS)
