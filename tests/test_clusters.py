@@ -1,6 +1,7 @@
 """Slurm's script under stand-ins for srun and scontrol, and mpirun; clusters/torchrun.sh runs in tests/faults/test_two_hosts.py."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -104,6 +105,14 @@ def test_a_requeued_slurm_job_takes_the_lock_of_its_former_life(slurm, tmp_path)
     install(tmp_path / "bin" / "python", PRETENDED)
     submit(slurm | {"CODE": "0", "SLURM_RESTART_COUNT": "2"}, "--config", "x").communicate(timeout=20)
     assert noted(slurm) == ["launch/train.py --config x --steal-lock"] * TASKS
+
+
+def test_the_page_marks_what_needs_a_cluster_and_names_files_that_are_there():
+    page = (ROOT / "docs/clusters.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    unmarked = [line for line in lines if "# needs a cluster" not in line]
+    assert len(lines) > 6 and unmarked == ["mpirun -n 2 python launch/train.py --config configs/toy.yaml"]  # as the test below
+    assert set(re.findall(r"clusters/([\w.]+\w)", page)) == {p.name for p in (ROOT / "clusters").iterdir()}
 
 
 MPIRUN = shutil.which("mpirun", path=f"{BIN}{os.pathsep}{os.environ['PATH']}")

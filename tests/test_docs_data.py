@@ -1,4 +1,4 @@
-"""The commands of the pages on data and fine-tuning name scripts and options that there are."""
+"""The commands of the pages on data, fine-tuning and machines name scripts and options that there are."""
 
 import re
 import shlex
@@ -9,15 +9,17 @@ from pathlib import Path
 import pytest
 
 ROOT = Path(__file__).parent.parent
+SCRIPT = re.compile(r"\b(launch|tools|benchmarks)/\w+\.py")
 
 
-@pytest.mark.parametrize("page, at_least", [("data.md", 10), ("finetune.md", 6)])
+@pytest.mark.parametrize("page, at_least", [("data.md", 10), ("finetune.md", 6), ("clusters.md", 6), ("doctor.md", 3)])
 def test_every_command_on_the_page_names_a_script_and_options_that_exist(page, at_least):
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
-    commands = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.startswith("python ")]
+    lines = [line for block in blocks for line in block.splitlines() if SCRIPT.search(line)]
+    commands = [shlex.split(line[SCRIPT.search(line).start() :], comments=True) for line in lines]
     assert len(commands) > at_least
     helps = {}
-    for _, script, *words in commands:
+    for script, *words in commands:
         wanted = [word.split("=")[0] for word in words if word.startswith("--")]
         path = [script, words[0]] if script.endswith("ledger.py") else [script]
         if tuple(path) not in helps:

@@ -1,5 +1,6 @@
 """Ranks to talk to where no launcher has started any: this very command once more for each."""
 
+import shutil
 import subprocess
 import sys
 import tempfile
@@ -19,12 +20,16 @@ TIMEOUT_MINUTES = 2
 @contextmanager
 def started(ranks: int) -> Iterator["Peers"]:
     """Start all but rank 0, which is this process; whatever still runs at the end is killed."""
-    with tempfile.TemporaryDirectory(prefix="doctor-") as folder:
-        peers = Peers(Path(folder), ranks)
-        try:
-            yield peers
-        finally:
-            peers.end()
+    try:
+        folder = tempfile.mkdtemp(prefix="doctor-")
+    except OSError as error:
+        raise UserError(f"No place for temporary files ({error.strerror or error}): make room, or set TMPDIR to a folder that has some.") from None
+    peers = Peers(Path(folder), ranks)
+    try:
+        yield peers
+    finally:
+        peers.end()
+        shutil.rmtree(folder, ignore_errors=True)
 
 
 class Peers:

@@ -7,7 +7,7 @@ from llm import dist
 from llm.dist import World
 from llm.doctor import peers
 from llm.doctor.examination import Subject, alone, of_other_hosts, together
-from llm.doctor.line import FAIL, Line
+from llm.doctor.line import FAIL, Line, first_words
 from llm.log import UserError
 
 
@@ -29,8 +29,9 @@ def _by_itself(subject: Subject, ranks: int | None) -> Iterator[Line]:
             return
         try:
             world = others.join()
-        except UserError as error:
-            yield Line("ranks", FAIL, str(error), "Without ranks that meet here, several GPUs or machines cannot train together either.")
+        except Exception as error:  # torch's own classes and RuntimeError
+            advice = "Without ranks that meet here, several GPUs or machines cannot train together either."
+            yield Line("ranks", FAIL, str(error) if isinstance(error, UserError) else first_words(str(error)), advice)
             return
         yield from together(subject, _on_a_device(subject, world))
         dist.stop(world)
