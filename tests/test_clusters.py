@@ -30,7 +30,8 @@ import os, sys
 if sys.argv[1:] == ["show", "hostnames", "here[1-2]"]:
     print("127.0.0.1\\nanother")
 else:
-    open(os.environ["NOTED"], "a").write(" ".join(sys.argv[1:]) + "\\n")
+    early = " while it trains" * os.path.exists(os.environ["LOCK"])
+    open(os.environ["NOTED"], "a").write(" ".join(sys.argv[1:]) + early + "\\n")
 """
 PRETENDED = """
 import os, sys
@@ -46,7 +47,8 @@ def slurm(tmp_path) -> dict[str, str]:
         install(tmp_path / "bin" / name, source)
     return os.environ | {
         "PATH": os.pathsep.join([str(tmp_path / "bin"), str(BIN), os.environ["PATH"]]), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-        "NOTED": str(tmp_path / "noted"), "SLURM_JOB_NODELIST": "here[1-2]", "SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": str(TASKS),
+        "NOTED": str(tmp_path / "noted"), "LOCK": str(tmp_path / "checkpoints/little/LOCK"),
+        "SLURM_JOB_NODELIST": "here[1-2]", "SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": str(TASKS),
     }  # fmt: skip
 
 
