@@ -25,6 +25,7 @@ from pydantic import (
 from llm.log import UserError
 
 VOCAB_MULTIPLE = 128  # padded vocabularies keep the head's matmul on aligned tiles
+MAX_PROFILED = 100  # steps
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -47,6 +48,19 @@ def _interval(value: Any) -> int | str:
 
 
 Interval = Annotated[int | str, BeforeValidator(_interval)]
+
+
+def _step_range(value: Any) -> Any:
+    """Check the first and the last step of what is profiled."""
+    steps = list(value) if isinstance(value, list | tuple) else []
+    if len(steps) != 2 or not all(type(step) is int for step in steps) or not 1 <= steps[0] <= steps[1] < steps[0] + MAX_PROFILED:
+        raise ValueError(
+            f"give the first and the last step, such as [10, 15], at most {MAX_PROFILED} in all: a trace has thousands of lines for each"
+        )
+    return value
+
+
+StepRange = Annotated[tuple[int, int], BeforeValidator(_step_range)]
 
 
 def interval_steps(interval: Interval, phase_steps: int) -> int:
@@ -288,6 +302,18 @@ class LogConfig(Section):
     """Logs, metrics and TensorBoard files; None: the run's folder, under logs."""
     log_every: PositiveInt = 10
     tensorboard: bool = True
+    sample_prompts: list[str] = []
+    """Written on at each validation, to see how the texts get better; not under ZeRO-3."""
+    sample_tokens: PositiveInt = 64
+    profile: StepRange | None = None
+    """First and last step of the run to profile on rank 0: a trace for chrome://tracing or Perfetto, and the ten costliest operations."""
+
+    @field_validator("sample_prompts")
+    @classmethod
+    def _prompts_say_something(cls, given: list[str]) -> list[str]:
+        if "" in given:
+            raise ValueError("a prompt is empty; give each at least one character to write on from")
+        return given
 
 
 class RunConfig(Section):
