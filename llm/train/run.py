@@ -137,7 +137,7 @@ def _train(
     if world.rank == 0:
         start = note_start(cfg, world, plan, at.step)
         metrics.page("config", yaml.safe_dump(start["config"], sort_keys=False), at.step)
-        metrics.page("environment", yaml.safe_dump(start | {"config": "see there"}, sort_keys=False), at.step)
+        metrics.page("environment", yaml.safe_dump({key: value for key, value in start.items() if key != "config"}, sort_keys=False), at.step)
     validator = _validator(cfg, plan, world, engine, tokenizer, val_shards)
     if validator and options.write_samples and world.rank == 0:
         validator = _with_samples(validator, lambda: metrics.samples(at.step, options.write_samples(cfg, engine, tokenizer)))

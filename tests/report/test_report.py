@@ -15,7 +15,7 @@ from llm.report.record import differences, read_run
 
 ROOT = Path(__file__).parent.parent.parent
 EVIL = '</pre><script src="https://evil.example/x.js">alert(1)</script><img src=x onerror=alert(2)>'
-KNOWN = set("html head meta title style body main h1 h2 h3 p div b span img table thead tbody tr th td pre details summary footer".split())
+OURS = "html head meta title style body main h1 h2 h3 p div b span img table thead tbody tr th td pre details summary footer"
 
 
 class Page(HTMLParser):
@@ -51,8 +51,9 @@ def make_record(folder: Path, lr: float = 1e-3, losses=(5.0, 4.0, 3.0, 2.5), nam
     logs = folder / "logs"
     logs.mkdir(parents=True)
     metrics = [
-        {"step": step, "time": 1e9, "train/loss": loss, "train/lr": lr, "train/grad_norm": 1.0, "speed/tokens_per_s": 12345.6, "time/training_share": 0.9,
-         "time/other_share": 0.1, "memory/host_gb": 1.5, f"data/{name}_tokens": 100 * step} for step, loss in enumerate(losses, start=1)
+        {"step": step, "time": 1e9, "train/loss": loss, "train/lr": lr, "train/grad_norm": 1.0, "speed/tokens_per_s": 12345.6,
+         "time/training_share": 0.9, "time/other_share": 0.1, "memory/host_gb": 1.5,
+         f"data/{name}_tokens": 100 * step} for step, loss in enumerate(losses, start=1)
     ]  # fmt: skip
     metrics += [{"step": 4, "val/loss": 2.75, "val/bits_per_byte": 1.25}, {"step": 4, "time": 1e9, "fault/grad_norm_spike": f"norm {EVIL}"}]
     write_lines(logs / "metrics.jsonl", metrics)
@@ -62,13 +63,14 @@ def make_record(folder: Path, lr: float = 1e-3, losses=(5.0, 4.0, 3.0, 2.5), nam
          "versions": {"torch": EVIL}, "config": config | {"train": {"lr": lr, "batch_size": day}}} for day in (1, 2)
     ]  # fmt: skip
     write_lines(logs / "starts.jsonl", starts)
-    sitting = {"ended": "2026-01-01T10:05:00", "from_step": 0, "to_step": 2, "tokens": 200, "minutes": 5.0, "seconds_training": 270.0, "loss_first": 5.0,
-               "loss_last": 4.0, "tokens_per_s": 12345.6, "mfu": 0.31, "why": EVIL}  # fmt: skip
+    sitting = {"ended": "2026-01-01T10:05:00", "from_step": 0, "to_step": 2, "tokens": 200, "minutes": 5.0, "seconds_training": 270.0, 
+               "loss_first": 5.0, "loss_last": 4.0, "tokens_per_s": 12345.6, "mfu": 0.31, "why": EVIL}  # fmt: skip
     write_lines(logs / "sittings.jsonl", [sitting])
     write_lines(logs / "samples.jsonl", [{"step": step, "prompt": EVIL, "text": f"sample {step} \ud800 {EVIL}"} for step in (2, 4)])
     write_lines(logs / "exit.json", [{"why": EVIL, "code": 3, "kind": EVIL, "step": 4, "time": "2026-01-02T11:00:00"}])
     phase = {"phase": "p0", "dataset": EVIL, "state": "open", "percent_done": 50.0, "epochs": 1, "first_step": 1, "last_step": 4,
-             "shares": [{"name": "", "files": 1, "percent_of_draws": 100.0}], "samples_skipped": [{"start": 8, "stop": 12, "step": 3, "reason": EVIL}],
+             "shares": [{"name": "", "files": 1, "percent_of_draws": 100.0}], 
+             "samples_skipped": [{"start": 8, "stop": 12, "step": 3, "reason": EVIL}],
              "files": [{"file": EVIL, "percent_seen": 50.0, "tokens": 800, "samples_drawn": 16}]}  # fmt: skip
     (folder / "seen_datasets.json").write_text(json.dumps({"phases": [phase]}))
     (folder / "evaluations" / "step-4").mkdir(parents=True)
@@ -87,7 +89,7 @@ def page(record) -> Page:
 
 
 def test_the_page_loads_nothing_and_every_text_in_it_is_text(page):
-    assert page.tags <= KNOWN and not page.open, "no tag but ours, each closed"
+    assert page.tags <= set(OURS.split()) and not page.open, "no tag but ours, each closed"
     assert all(not key.startswith("on") and key != "href" for key, _ in page.attributes)
     assert all(value.startswith("data:image/png;base64,") for key, value in page.attributes if key == "src")
     assert ("content", "default-src 'none'; img-src data:; style-src 'unsafe-inline'") in page.attributes
@@ -160,7 +162,7 @@ def test_logs_that_lie_apart_find_their_run(tmp_path):
 def test_a_comparison_holds_final_figures_and_only_what_differs_in_the_configs(record, tmp_path):
     other = make_record(tmp_path / "other", lr=5e-4, losses=(5.0, 4.5, 4.25), name="plain")
     page = Page(write_report([read_run(str(record)), read_run(str(other))], tmp_path / "out"))
-    assert page.tags <= KNOWN and "evil$x$" in page.text and "other" in page.text
+    assert page.tags <= set(OURS.split()) and "evil$x$" in page.text and "other" in page.text
     assert "train.lr" in page.text and "0.0005" in page.text and "0.001" in page.text and "checkpoint.run_name" in page.text
     assert "model.d_model" not in page.text and "4.25" in page.text
     assert {p.name for p in (tmp_path / "out").glob("*.png")} >= {"compare-loss.png", "compare-speed.png"}

@@ -93,6 +93,18 @@ def test_samples_are_written_at_each_validation_and_starts_tell_machine_and_conf
     assert start["step"] == 0 and start["ranks"] == 1 and start["config"]["model"]["vocab_size"] == 2048 and start["versions"]["torch"]
 
 
+def test_a_sample_is_what_generation_from_the_checkpoint_of_its_step_writes(seen_run):
+    from llm.generate.generator import Writing, prompt_ids
+    from llm.generate.load import load_run
+    from llm.generate.samples import SAMPLING
+
+    model, tokenizer, manifest = load_run(load_config(seen_run[0]).run_folder)
+    for sample in lines(logs(seen_run[0]) / "samples.jsonl")[-2:]:
+        ids = prompt_ids(tokenizer, sample["prompt"], False)
+        text = "".join(Writing(model, tokenizer, ids, max_tokens=4, sampling=SAMPLING, seed=1337))
+        assert (sample["step"], sample["text"]) == (manifest.step, text)
+
+
 def sit_with_failing_samples(world, config: str) -> dict:
     def out_of_memory(*args):
         raise MemoryError("no room")
