@@ -53,8 +53,7 @@ def _report(run: Run, pngs: dict[str, bytes]) -> str:
 
 def _comparison(runs: list[Run], pngs: dict[str, bytes]) -> str:
     names = [run.name for run in runs]
-    final = [_figures(run) for run in runs]
-    keys = dict.fromkeys(key for figures in final for key in figures)
+    figures = [list(row) for row in zip(_figures(runs[0]), *(_figures(run).values() for run in runs), strict=True)]
     changed = differences([run.config for run in runs])
     same = '<p class="soft">Their configs are the same.</p>' if all(run.config for run in runs) else '<p class="soft">Not noted for all of them.</p>'
     evaluated = [{f"{task}: {metric}": v for task, values in _newest(run).items() for metric, v in values.items()} for run in runs]
@@ -63,7 +62,7 @@ def _comparison(runs: list[Run], pngs: dict[str, bytes]) -> str:
         " and ".join(names),
         [
             f"<h1>{esc(', '.join(names))}</h1>",
-            section("Final figures", table(["", *names], [[key, *(figures.get(key) for figures in final)] for key in keys])),
+            section("Final figures", table(["", *names], [row for row in figures if any(row[1:])])),
             section("Curves", images(pngs) or NOTHING),
             section("Differences in config", table(["key", *names], [[key, *map(_plain, values)] for key, values in changed]) or same),
             section("Evaluations, newest checkpoint", table(["", *names], [[key, *(values.get(key) for values in evaluated)] for key in tasks])),
@@ -82,16 +81,16 @@ def _figures(run: Run) -> dict[str, object]:
         "validation loss": run.last("val/loss"),
         "bits per byte, validation": run.last("val/bits_per_byte"),
         "tokens/s, median": round(sorted(speeds)[len(speeds) // 2]) if speeds else None,
-        "MFU": f"{mfu:.1%}" if mfu else None,
+        "MFU, %": _percent(mfu),
         "GB of GPU memory, at most": run.last("memory/gpu_peak_gb"),
-        "minutes in all": _minutes(sum(s.get("minutes") or 0 for s in run.sittings)),
+        "minutes in all": round(sum(s.get("minutes") or 0 for s in run.sittings), 1) or None,
         "sittings": max(len(run.sittings), len(run.starts)) or None,
         "faults": len(run.faults) or None,
     }
 
 
-def _minutes(minutes: float) -> str | None:
-    return f"{minutes:,.1f}" if minutes else None
+def _percent(share: float | None) -> float | None:
+    return round(100 * share, 1) if share else None
 
 
 def _status(run: Run) -> str:
@@ -102,7 +101,8 @@ def _status(run: Run) -> str:
     return f'<p class="soft">The last sitting ended at step {esc(end.get("step"))}, {esc(end.get("time"))}: {esc(end.get("why"))}{kind}</p>'
 
 
-SITTING_HEADS = ["began", "steps", "tokens", "minutes", "of them training", "validating", "saving", "tokens/s", "MFU", "loss", "on", "ended because"]
+SPENT = ("training", "validating", "saving")
+SITTING_HEADS = ["began", "steps", "tokens", "minutes", *SPENT, "tokens/s", "MFU, %", "loss", "on", "ended because"]
 
 
 def _sittings(run: Run) -> list[list]:
@@ -119,14 +119,11 @@ def _sittings(run: Run) -> list[list]:
 def _sitting(start: dict, did: dict) -> list:
     minutes = [round(did[key] / 60, 2) if isinstance(did.get(key), int | float) else None for key in map("seconds_{}".format, SPENT)]
     loss = f"{did['loss_first']:.4f} to {did['loss_last']:.4f}" if did.get("loss_first") and did.get("loss_last") else None
-    speed = [round(did["tokens_per_s"]) if did.get("tokens_per_s") else None, f"{did['mfu']:.1%}" if did.get("mfu") else None]
+    speed = [round(did["tokens_per_s"]) if did.get("tokens_per_s") else None, _percent(did.get("mfu"))]
     where = f"{start.get('ranks')} x {start.get('device')}" if start else None
     steps = f"{did.get('from_step', start.get('step'))} to {did.get('to_step', '?')}"
     began = str(start.get("began") or "").replace("T", " ")
     return [began, steps, did.get("tokens"), did.get("minutes"), *minutes, *speed, loss, where, did.get("why")]
-
-
-SPENT = ("training", "validating", "saving")
 
 
 def _faults(run: Run) -> str:

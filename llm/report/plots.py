@@ -77,16 +77,17 @@ def draw(plot: Plot, runs: list[Run]) -> bytes:
 
 def _lines(axes, plot: Plot, runs: list[Run]) -> tuple[list, list[str]]:
     handles, labels, colours = [], [], cycle(COLOURS)
+    shown = [key for key in plot.series if any(key in run.curves for run in runs)]
     for run in runs:
         of_run = next(colours) if len(runs) > 1 else None
-        for number, key in enumerate(plot.series):
+        for number, key in enumerate(shown):
             if key not in run.curves:
                 continue
             curve = thinned(run.curves[key])
             style = STYLES[number % len(STYLES)] if of_run else "-"
             marker = "o" if len(curve) < 60 and key.startswith("val/") else ""
             handles += axes.plot(*zip(*curve, strict=True), style, marker=marker, markersize=3.5, color=of_run or next(colours))
-            name = plot.series[key] if not of_run else run.name if len(plot.series) == 1 else f"{run.name}, {plot.series[key]}"
+            name = plot.series[key] if not of_run else run.name if len(shown) == 1 else f"{run.name}, {plot.series[key]}"
             labels.append(name)
     return handles, labels
 
