@@ -61,6 +61,7 @@ for level in ("debug", "info", "warning", "error"):
 result("a result")
 with progress(2, "working", "parts") as bar:
     bar.advance()
+    log.warning("meanwhile")
 """
 
 
@@ -78,6 +79,13 @@ def test_quiet_leaves_results_and_warnings_and_verbose_adds_details(words, shown
     seen = on_a_terminal("-c", LEVELS, *words, PYTHONPATH=str(ROOT), NO_COLOR="1").decode()
     assert [word for word in ("debug", "info", "warning", "error", "result") if f"a {word}" in seen] == shown
     assert ("working" in seen) == ("info" in shown), "a bar is chatter too"
+
+
+@pytest.mark.parametrize("words", [(), ("--quiet",), ("--no-color",)])
+def test_a_warning_beside_a_live_bar_is_coloured_like_any_other(words):
+    seen = on_a_terminal("-c", LEVELS, *words, PYTHONPATH=str(ROOT))
+    assert (b"\x1b[1;33mwarning: \x1b[0mmeanwhile" in seen) == ("--no-color" not in words), seen
+    assert b"warning: " in seen and b"meanwhile" in seen
 
 
 def test_every_script_has_the_same_flags_and_refuses_two_levels_at_once():

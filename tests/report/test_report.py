@@ -107,6 +107,18 @@ def test_the_page_tells_all_that_the_run_has_left(page):
     assert page.text.index("sample 4") < page.text.index("sample 2"), "the newest first"
 
 
+def test_a_start_goes_with_the_sitting_that_ended_before_the_next_one(tmp_path):
+    (tmp_path / "logs").mkdir()
+    starts = [{"began": f"2026-01-01T{hour}:00:00", "step": 5, "ranks": 1, "device": hour} for hour in (10, 11, 12)]
+    write_lines(tmp_path / "logs" / "starts.jsonl", starts)
+    ends = [{"ended": f"2026-01-01T{hour:02}:30:00", "from_step": 5, "to_step": hour, "why": f"end of {hour}"} for hour in (9, 11)]
+    write_lines(tmp_path / "logs" / "sittings.jsonl", ends)
+    text = Page(write_report([read_run(str(tmp_path))], tmp_path / "out")).text
+    killed = "did not come to its end, or runs still"
+    rows = ["5 to 9 end of 9", f"10:00:00 5 to ? 1 x 10 {killed}", "11:00:00 5 to 11 1 x 11 end of 11", f"12:00:00 5 to ? 1 x 12 {killed}"]
+    assert sorted(rows, key=text.index) == rows
+
+
 def test_plots_lie_beside_the_page_as_png(record, page):
     names = {path.name for path in (record / "out").glob("*.png")}
     assert names == {f"{n}.png" for n in ("loss", "bits_per_byte", "learning_rate", "grad_norm", "speed", "time", "memory", "data")}
