@@ -59,8 +59,15 @@ def main() -> None:
             from_step=args.from_step,
             steal_lock=args.steal_lock,
             retry_anyway=args.retry_anyway,
+            write_samples=_write_samples() if cfg.log.sample_prompts else None,
         )
         train(cfg, world, options)
+
+
+def _write_samples():
+    from llm.generate.samples import write_samples  # here, for training does not know generation
+
+    return write_samples
 
 
 def _parser() -> cli.Parser:

@@ -10,6 +10,7 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -23,6 +24,7 @@ from llm.dist import World
 from llm.engine.ds_config import ds_config_path, load_ds_config
 from llm.engine.optimizer import adam_step, build_adamw, create_moments, set_adam_step, set_lr
 from llm.engine.protocol import EngineError, ForwardClock, Reader, Update, count_targets, global_sums, model_inputs, named_shapes
+from llm.engine.wrap import plain
 
 TESTED = "0.19"
 
@@ -74,6 +76,9 @@ class DeepSpeedEngine:
         loss = self._loss(batch).item()
         self.engine.train()
         return loss, count_targets(batch)
+
+    def plain_model(self) -> AbstractContextManager[nn.Module | None]:
+        return plain(self.engine.module) if self.stage < 3 else nullcontext()
 
     def local_slices(self) -> Iterator[Slice]:
         for name, flat, at, start, numel in self._fragments():

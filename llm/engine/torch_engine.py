@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import nullcontext
+from contextlib import AbstractContextManager, nullcontext
 
 import torch
 from torch import nn
@@ -14,6 +14,7 @@ from llm.data.stream import Batch
 from llm.dist import World
 from llm.engine.optimizer import adam_step, build_adamw, create_moments, set_adam_step, set_lr
 from llm.engine.protocol import ForwardClock, Reader, Update, autocast, count_targets, global_sums, model_inputs, named_shapes
+from llm.engine.wrap import plain
 
 
 class TorchEngine:
@@ -66,6 +67,9 @@ class TorchEngine:
         loss = self._loss(self.model, batch).item()
         self.model.train()
         return loss, count_targets(batch)
+
+    def plain_model(self) -> AbstractContextManager[nn.Module]:
+        return plain(self.model)
 
     def local_slices(self) -> Iterator[Slice]:
         for name, kind, whole in self._tensors():

@@ -91,6 +91,7 @@ def train_phase(
             step = watchdog.during("saving", part)()
             if step is not None:
                 saved_step, failed_saves = step, 0
+                metrics.seen(step, keeper.view)
         except Fenced as error:
             raise NeedsAPerson(f"The {error}. The last one is of step {saved_step:,}.") from None
         except SaveFailed as error:
@@ -109,6 +110,7 @@ def train_phase(
 
     while True:
         watchdog.step_boundary(at.step)
+        metrics.profiler.before(at.step + 1)
         started_at = time.perf_counter()
         drawn, problem = at.ledger.open_phase.consumed, None
         try:
@@ -145,11 +147,12 @@ def train_phase(
         at.tokens_seen += n_targets * update.applied
         sitting.count_step(n_targets * update.applied)
         seconds = time.perf_counter() - started_at
+        metrics.profiler.after(at.step)
         stragglers.add(engine.forward_clock.take(), data_wait_s, seconds)
         if update.applied:
             lr = lr_at(cfg.train, over, at.step - 1)
             metrics.step(
-                at.step, loss=update.loss, lr=lr, grad_norm=update.grad_norm, tokens=n_targets, seconds=seconds, data_wait_s=data_wait_s
+                at.step, at.ledger, loss=update.loss, lr=lr, grad_norm=update.grad_norm, tokens=n_targets, seconds=seconds, data_wait_s=data_wait_s
             )
             at.metrics["train_loss"] = update.loss
             if odd := guard.applied(update.loss, update.grad_norm):

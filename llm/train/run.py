@@ -6,6 +6,8 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+import yaml
+
 from llm.checkpoint import folder
 from llm.checkpoint.lock import LockError, RunLock
 from llm.checkpoint.resume import Checkpoint, newest
@@ -18,12 +20,12 @@ from llm.data.shards import Shard
 from llm.data.stream import Stream, eval_batches
 from llm.dist import World
 from llm.engine import Engine, process
-from llm.log import log, route_output
+from llm.log import log, result, route_output
 from llm.model.flops import count_params, flops_per_token, peak_flops
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.anneal import CHANGED_BY_ANNEAL, Fork, find_fork
 from llm.train.budget import Sitting, horizon
-from llm.train.datasets import open_shards, pool
+from llm.train.datasets import DatasetTokens, open_shards, pool
 from llm.train.exits import ExitNote
 from llm.train.faults import StopFlag
 from llm.train.keeper import Keeper, write_view
@@ -32,6 +34,7 @@ from llm.train.metrics import Metrics
 from llm.train.phases import Wish, choose_phase, row_cut
 from llm.train.probe import ACCEPT, Probe, probe_shards
 from llm.train.start import build_loaded_engine, check_identity, open_source, position
+from llm.train.starts import note_start
 from llm.train.summary import tell_sitting
 from llm.train.validate import token_byte_lengths, validate
 from llm.train.watchdog import Watchdog
@@ -56,6 +59,8 @@ class Options:
     """Go on from the checkpoint of this step, beside the newer ones."""
     steal_lock: bool = False
     retry_anyway: bool = False
+    write_samples: Callable[[RunConfig, Engine, Tokenizer], dict[str, str]] | None = None
+    """Prompt -> what the model writes after it; asked on rank 0 after each validation."""
 
 
 def train(cfg: RunConfig, world: World, options: Options) -> None:
@@ -115,7 +120,7 @@ def _train(
     if isinstance(chosen, str):
         if checkpoint and not begins:  # whoever saved it may have been killed before it wrote this
             world.on_rank_0(lambda: write_view(cfg.run_folder, seen_view(at.ledger)))
-        log.info(chosen)
+        result(chosen)
         return
     if fork:
         world.together(lambda: fork.check_data(chosen, plan.global_rows, at.step))
@@ -131,14 +136,20 @@ def _train(
         world.together(lambda: probe.check(checkpoint.manifest, ACCEPT in options.accept_change))
     keeper = Keeper(cfg, plan, world, engine, tokenizer, checkpoint, lock, probe, is_fork=begins)
     _introduce(cfg, plan, world, checkpoint, at, chosen)
-    metrics = _metrics(cfg, world)
+    metrics = _metrics(cfg, world, sitting, DatasetTokens(train_shards))
+    if world.rank == 0:
+        start = note_start(cfg, world, plan, at.step)
+        metrics.page("config", yaml.safe_dump(start["config"], sort_keys=False), at.step)
+        metrics.page("environment", yaml.safe_dump({key: value for key, value in start.items() if key != "config"}, sort_keys=False), at.step)
     validator = _validator(cfg, plan, world, engine, tokenizer, val_shards)
+    if validator and options.write_samples and world.rank == 0:
+        validator = _with_samples(validator, lambda: metrics.samples(at.step, options.write_samples(cfg, engine, tokenizer)))
     validator = validator and watchdog.during("validation", validator)
     first_step = at.step
     try:
         while isinstance(chosen, Ledger):
             at.ledger = chosen
-            metrics.end_step = _end_step(cfg, plan, at, sitting)
+            metrics.end_step, metrics.run_end_step = _end_steps(cfg, plan, at, sitting)
             with closing(world.together(lambda: _stream(at.ledger, train_shards, plan, world))) as stream:
                 reason = train_phase(cfg, plan, world, engine, stream, at, sitting, stop, metrics, validator, keeper, watchdog)
             again = reason == "phase finished" and options.wish.only_new
@@ -190,23 +201,27 @@ def _stream(ledger: Ledger, shards: dict[str, list[Shard]], plan: BatchPlan, wor
     return Stream(sampler, plan.global_rows, world.rank, world.size, plan.micro_rows)
 
 
-def _end_step(cfg: RunConfig, plan: BatchPlan, at: Progress, sitting: Sitting) -> int:
-    """The step at which this sitting ends at the latest, for the progress line."""
+def _end_steps(cfg: RunConfig, plan: BatchPlan, at: Progress, sitting: Sitting) -> tuple[int, int]:
+    """The steps at which this sitting and the run end at the latest, for the progress line."""
     phase = at.ledger.open_phase
-    ends = [horizon(cfg, phase, plan.global_rows, at.step).end, at.step + -(-(phase.total - phase.consumed) // plan.global_rows)]
-    if sitting.steps:
-        ends.append(at.step - sitting.steps_done + sitting.steps)
-    return min(ends)
+    run_end = min(horizon(cfg, phase, plan.global_rows, at.step).end, at.step + -(-(phase.total - phase.consumed) // plan.global_rows))
+    return min(run_end, at.step - sitting.steps_done + sitting.steps) if sitting.steps else run_end, run_end
 
 
-def _metrics(cfg: RunConfig, world: World) -> Metrics:
+def _metrics(cfg: RunConfig, world: World, sitting: Sitting, by_dataset: DatasetTokens) -> Metrics:
     peak = None
     if world.device.startswith("cuda"):
         import torch
 
         peak = peak_flops(torch.cuda.get_device_name(world.device))
     return Metrics(
-        cfg, speaks=world.rank == 0, flops_per_token=flops_per_token(cfg.model), peak_flops=peak * world.size if peak else None
+        cfg,
+        sitting,
+        by_dataset,
+        speaks=world.rank == 0,
+        device=world.device,
+        flops_per_token=flops_per_token(cfg.model),
+        peak_flops=peak * world.size if peak else None,
     )
 
 
@@ -221,6 +236,18 @@ def _validator(
         return eval_batches(val_shards, cfg.model.seq_len, plan.micro_rows, world.rank, world.size, cfg.train.eval_rows, **row_cut(cfg))
 
     return lambda: validate(engine, batches, byte_lengths, world)
+
+
+def _with_samples(validator: Callable[[], dict[str, float]], write_samples: Callable[[], None]) -> Callable[[], dict[str, float]]:
+    def validate_and_write() -> dict[str, float]:
+        values = validator()
+        try:
+            write_samples()
+        except Exception as error:  # on this rank alone, and no reason to end training
+            log.warning(f"The sample texts could not be written ({type(error).__name__}: {error}). Training goes on.")
+        return values
+
+    return validate_and_write
 
 
 def _save_after_error(world: World, engine: Engine, keeper: Keeper, at: Progress) -> None:
