@@ -22,7 +22,7 @@ def main() -> None:
     sampling = Sampling(args.temp, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     template = load_template(args.template) if args.template else CHATML
     device = choose_device(args.device)
-    load = partial(load_run, device=device, dtype=choose_dtype(args.dtype, device))
+    load = partial(load_run, device=device, dtype=choose_dtype(args.dtype, device), packed=True)
     seed = torch.seed() % 2**32 if args.seed is None else args.seed
     if args.serve or args.web:
         serve(args, load, template, sampling)
@@ -54,7 +54,7 @@ def talk(args, load, template, sampling, seed: int) -> None:
         import readline  # noqa: F401 - input() then has history and editing
     model, tokenizer, manifest = load(args.run, args.step)
     check(template, tokenizer)
-    log.info(f"{args.run}, step {manifest.step:,}, on {model.head.weight.device}, seed {seed}. /help lists commands, Ctrl-D leaves.")
+    log.info(f"{args.run}, step {manifest.step:,}, on {model.device}, seed {seed}. /help lists commands, Ctrl-D leaves.")
     converse(Session(Assistant(model, tokenizer, template), sampling, args.max_tokens, seed, args.system))
 
 

@@ -42,7 +42,7 @@ def main() -> None:
     subjects = read_subjects(args.mmlu, args.subjects.split(",") if args.subjects else None, args.shots or 0) if "mmlu" in tasks else []
     task_files = _harness().find_data(args.task_data, others) if others else {}
     device = choose_device(args.device)
-    model, tokenizer, manifest = load_run(args.run, args.step, device=device, dtype=DTYPES[args.dtype])
+    model, tokenizer, manifest = load_run(args.run, args.step, device=device, dtype=DTYPES[args.dtype], packed=True)
     run = args.run.resolve().parent if (args.run / NAME).exists() else args.run
     name = step_name(manifest.step, manifest.attempt)
     logs = manifest.config.get("log", {}).get("out_dir")

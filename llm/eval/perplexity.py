@@ -72,7 +72,7 @@ def of_shards(
 
 @torch.inference_mode()
 def _loss_sum(model: Transformer, batch: Batch, bar: Progress) -> tuple[float, int]:
-    loss = model(**model_inputs(batch, model.head.weight.device))
+    loss = model(**model_inputs(batch, model.device))
     bar.advance(int((batch.samples >= 0).sum()))
     return loss.item(), int((batch.targets_BT >= 0).sum())
 

@@ -1,6 +1,7 @@
 """Conversion from and to Hugging Face, judged by transformers itself: it loads what we export, and we load what it saves."""
 
 import json
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -12,7 +13,7 @@ from test_generate_run import save_model
 from llm.checkpoint.resume import open_checkpoint
 from llm.config import ModelConfig, load_config
 from llm.dist import World
-from llm.generate.generator import generate_ids
+from llm.generate.generator import generate_rows
 from llm.generate.load import load_run
 from llm.generate.sampling import Sampling
 from llm.log import UserError
@@ -40,7 +41,7 @@ MODELS = {
     "phi": LAYER_NORM | {"parallel_blocks": True, "head_bias": True, "rotary_fraction": 0.4, "d_model": 40},
 }
 FAMILY = {name: name.partition("-")[0] for name in MODELS}
-PROMPT = "def main(x):"
+PROMPTS = ["def main(x):", "a", "for i in range(10):\n"]
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +87,44 @@ def test_transformers_computes_the_same_logits_from_the_exported_folder(exported
     assert_same_logits(load_run(run)[0], theirs)
 
 
-def test_transformers_writes_the_same_text(exported):
+@torch.no_grad()
+def test_transformers_writes_the_same_tokens_alone_and_in_a_batch_with_and_without_a_cache(exported):
     _, run, folder = exported
-    model, tokenizer, _ = load_run(run)
-    theirs, their_tokenizer = transformers.AutoModelForCausalLM.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
-    given = their_tokenizer(PROMPT, return_tensors="pt")
-    assert given.input_ids[0].tolist() == tokenizer.encode(PROMPT).tolist()
-    told = theirs.generate(**given, max_new_tokens=24, do_sample=False)[0, given.input_ids.shape[1] :]
-    assert len(told) > 3
-    ours = list(generate_ids(model, tokenizer, tokenizer.encode(PROMPT), max_tokens=24, sampling=Sampling(temperature=0), seed=0))
+    model, tokenizer, _ = load_run(run, packed=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+    prompts = [tokenizer.encode(text).tolist() for text in PROMPTS]
     ends = set(theirs.generation_config.eos_token_id)
-    assert [i for i in told.tolist() if i not in ends] == ours[: len(told)]
+
+    def told(texts: list[str], **how) -> list[list[int]]:
+        given = their_tokenizer(texts, return_tensors="pt", padding=True)
+        rows = theirs.generate(**given, max_new_tokens=24, do_sample=False, **how)[:, given.input_ids.shape[1] :].tolist()
+        return [list(takewhile(lambda i: i not in ends, row)) for row in rows]
+
+    def ours(given: list[list[int]]) -> list[list[int]]:
+        rows = [[] for _ in given]
+        for row, token in generate_rows(model, tokenizer, given, max_tokens=24, sampling=Sampling(temperature=0), seed=0, stop_ids=ends):
+            rows[row].append(token)
+        return rows
+
+    together = told(PROMPTS)
+    assert sum(map(len, together)) > 24 and len({tuple(row) for row in together}) == len(PROMPTS)
+    assert told(PROMPTS, use_cache=False) == together
+    assert [told([text])[0] for text in PROMPTS] == together
+    assert ours(prompts) == together
+    assert [ours([prompt])[0] for prompt in prompts] == together
+    assert [without_cache(load_run(run)[0], tokenizer, prompt, ends, 24) for prompt in prompts] == together
+
+
+def without_cache(model, tokenizer, prompt: list[int], ends: set[int], n: int) -> list[int]:
+    """The whole text is read anew for each token."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + n:
+        found = int(model(torch.tensor([ids]))[0, -1, : tokenizer.vocab_size].argmax())
+        if found in ends:
+            break
+        ids.append(found)
+    return ids[len(prompt) :]
 
 
 def test_what_was_exported_comes_back_bit_by_bit(exported, tmp_path):
