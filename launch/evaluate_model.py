@@ -80,7 +80,7 @@ def _arguments():
 
 
 def _mmlu(args, model, tokenizer, subjects, results, identity: list) -> None:
-    from llm.eval.mmlu import accuracy, evaluate_subject, summary
+    from llm.eval.mmlu import accuracy, evaluate_subject, flat, summary
     from llm.eval.results import Kept, print_table
 
     shots, found, n_kept = args.shots or 0, {}, 0
@@ -102,7 +102,7 @@ def _mmlu(args, model, tokenizer, subjects, results, identity: list) -> None:
     lines = [(subject.name, subject.category, accuracy(correct[subject.name])) for subject in subjects]
     lines += [(name, "", values) for name, values in totals.items()]
     print_table([task, "", "accuracy", "±", "questions"], [[n, c, f"{v['acc']:.2%}", f"{v['stderr']:.2%}", f"{v['n']:,}"] for n, c, v in lines])
-    results.add(task, {f"{name}{suffix}": v[key] for name, v in totals.items() for key, suffix in (("acc", ""), ("stderr", "_stderr"))})
+    results.add(task, flat(totals))
     if args.beside_harness:
         _beside_harness(model, tokenizer, subjects, shots, correct)
 

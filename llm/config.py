@@ -283,6 +283,24 @@ class CheckpointConfig(Section):
     """Write in a thread while training goes on, from a copy in host memory: 12 bytes for each parameter, shared out over the ranks."""
 
 
+class EvalConfig(Section):
+    """What is measured while training goes on, as launch/evaluate_model.py measures it."""
+
+    tasks: list[Literal["mmlu", "perplexity"]] = []
+    every: Interval = "10%"
+    """Steps between two measurements; one more at the end."""
+    limit: PositiveInt | None = 100
+    """So many questions of each subject, and documents of each text, the first ones; None: all."""
+    mmlu: str = "data/mmlu"
+    """A folder in MMLU's own layout."""
+    subjects: list[str] = []
+    """Of MMLU, these only; empty: all."""
+    shots: NonNegativeInt = 0
+    """Examples before each question."""
+    texts: list[str] = []
+    """Files or folders of text, for perplexity."""
+
+
 class LogConfig(Section):
     out_dir: str | None = None
     """Logs, metrics and TensorBoard files; None: the run's folder, under logs."""
@@ -297,6 +315,7 @@ class RunConfig(Section):
     train: TrainConfig
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
 
     @property

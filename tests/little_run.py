@@ -87,6 +87,7 @@ def sit(world: World, config: str, overrides: list[str] = (), fed: str | None = 
 
     Records of steps that a kill undid are dropped, as the checkpoint's own history drops them.
     """
+    from llm.eval.in_training import read_tasks
     from llm.train import run as training
     from llm.train.phases import Wish
 
@@ -94,7 +95,8 @@ def sit(world: World, config: str, overrides: list[str] = (), fed: str | None = 
     wish = Wish(**{key: options.pop(key) for key in ("only_new", "reset_epoch", "dataset", "replay") if key in options})
     if fed:
         listen(world, Path(fed), cfg.run_folder)
-    training.train(cfg, world, training.Options(started_at=time.monotonic(), wish=wish, **options))
+    measure = read_tasks(cfg.eval, world).measure if cfg.eval.tasks else None
+    training.train(cfg, world, training.Options(started_at=time.monotonic(), wish=wish, **options), measure)
     entries = folder.entries(cfg.run_folder)
     manifest = read_manifest(entries[-1].path) if entries else None
     return {"step": manifest.step, "state": manifest.state_hash, "chain": manifest.chain, "ledger": manifest.ledger} if manifest else {}

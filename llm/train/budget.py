@@ -1,6 +1,7 @@
 """How long this sitting may go on, and how many steps the phase and the run have."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from llm.config import ConfigError, RunConfig
@@ -38,6 +39,13 @@ class Sitting:
         self._last_step_at = now
         self.steps_done += 1
         self.tokens_done += tokens
+
+    def validation(self, work: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What `work` gives, its time counted."""
+        began = time.monotonic()
+        result = work()
+        self.validating_s += time.monotonic() - began
+        return result
 
     def over(self) -> str | None:
         """Why the sitting should end before another step, or None."""

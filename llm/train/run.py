@@ -17,8 +17,10 @@ from llm.data.shards import Shard
 from llm.data.stream import Stream, eval_batches
 from llm.dist import World
 from llm.engine import Engine, process
+from llm.engine.protocol import autocast
 from llm.log import log, route_output
 from llm.model.flops import count_params, flops_per_token, peak_flops
+from llm.model.transformer import Transformer
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.anneal import CHANGED_BY_ANNEAL, Fork, find_fork
 from llm.train.budget import Sitting, horizon
@@ -32,7 +34,7 @@ from llm.train.phases import Wish, choose_phase, row_cut
 from llm.train.probe import ACCEPT, Probe, probe_shards
 from llm.train.start import build_loaded_engine, check_identity, open_source, position
 from llm.train.summary import tell_sitting
-from llm.train.validate import token_byte_lengths, validate
+from llm.train.validate import reading_copy, token_byte_lengths, validate
 from llm.train.watchdog import Watchdog
 
 
@@ -57,8 +59,14 @@ class Options:
     retry_anyway: bool = False
 
 
-def train(cfg: RunConfig, world: World, options: Options) -> None:
-    """Train for one sitting. Collective. Raises UserError, the same on every rank."""
+Measure = Callable[[Transformer, Tokenizer, World], dict[str, float]]
+
+
+def train(cfg: RunConfig, world: World, options: Options, measure: Measure | None = None) -> None:
+    """Train for one sitting. Collective. Raises UserError, the same on every rank.
+
+    `measure`: what eval.every lets pass over the model, as a collective; it gives the same {"TASK/METRIC": value} on every rank.
+    """
     sitting = world.together(lambda: Sitting(options.started_at, options.steps_today, options.minutes_today, options.tokens_today))
     run_cfg = cfg
     fork = find_fork(world, run_cfg, options.anneal, options.from_step) if options.anneal else None
@@ -67,7 +75,7 @@ def train(cfg: RunConfig, world: World, options: Options) -> None:
     watchdog = Watchdog(cfg.train.hang_timeout_s, world.rank, note.write)
     try:
         with process.settled(world.device, cfg.engine.keep_memory):
-            _train(cfg, world, options, fork, sitting, stop, lock, note, watchdog)
+            _train(cfg, world, options, measure, fork, sitting, stop, lock, note, watchdog)
     except Exception as error:
         if lost := note.failed(error):
             raise lost from error
@@ -82,6 +90,7 @@ def _train(
     cfg: RunConfig,
     world: World,
     options: Options,
+    measure: Measure | None,
     fork: Fork | None,
     sitting: Sitting,
     stop: StopFlag,
@@ -131,13 +140,14 @@ def _train(
     metrics = _metrics(cfg, world)
     validator = _validator(cfg, plan, world, engine, tokenizer, val_shards)
     validator = validator and watchdog.during("validation", validator)
+    measurer = watchdog.during("evaluation", lambda: _measured(cfg, world, engine, tokenizer, measure)) if measure else None
     first_step = at.step
     try:
         while isinstance(chosen, Ledger):
             at.ledger = chosen
             metrics.end_step = _end_step(cfg, plan, at, sitting)
             with closing(world.together(lambda: _stream(at.ledger, train_shards, plan, world))) as stream:
-                reason = train_phase(cfg, plan, world, engine, stream, at, sitting, stop, metrics, validator, keeper, watchdog)
+                reason = train_phase(cfg, plan, world, engine, stream, at, sitting, stop, metrics, validator, measurer, keeper, watchdog)
             again = reason == "phase finished" and options.wish.only_new
             chosen = choose(replace(options.wish, reset_epoch=False)) if again else reason
     except Exception:
@@ -213,6 +223,11 @@ def _validator(
         return eval_batches(val_shards, cfg.model.seq_len, plan.micro_rows, world.rank, world.size, cfg.train.eval_rows, **row_cut(cfg))
 
     return lambda: validate(engine, batches, byte_lengths, world)
+
+
+def _measured(cfg: RunConfig, world: World, engine: Engine, tokenizer: Tokenizer, measure: Measure) -> dict[str, float]:
+    with autocast(cfg.engine.precision, world.device):
+        return measure(reading_copy(cfg, engine, world.device), tokenizer, world)
 
 
 def _save_after_error(world: World, engine: Engine, keeper: Keeper, at: Progress) -> None:
