@@ -33,9 +33,9 @@ def main() -> None:
 
     sampling = Sampling(args.temp, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     device = choose_device(args.device)
-    model, tokenizer, manifest = load_run(args.run, args.step, device=device, dtype=choose_dtype(args.dtype, device), packed=True)
+    model, tokenizer, checkpoint = load_run(args.run, args.step, device=device, dtype=choose_dtype(args.dtype, device), packed=True)
     seed = torch.seed() % 2**32 if args.seed is None else args.seed
-    log.info(f"{args.run}, step {manifest.step:,}, on {device}, seed {seed}")
+    log.info(f"{args.run}, step {checkpoint.manifest.step:,}, on {device}, seed {seed}")
     if args.verbose:
         log.info(f"{count_params(model.cfg):,} weights in {model.dtype}, context {model.cfg.seq_len:,}; {sampling}")
     stop_ids = tuple(tokenizer.special_ids.values()) if args.special_tokens else ()

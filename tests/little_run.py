@@ -39,7 +39,7 @@ def make_tokenizer(path: Path, words: int = WORDS) -> Path:
 
 def add_shard(
     data: Path, tokenizer: Path, first: int, last: int, role: str = "train", seq_len: int = SEQ_LEN, lengths: list[int] | None = None,
-    mask_spans: np.ndarray | None = None,
+    mask_spans: np.ndarray | None = None, template: dict | None = None,
 ) -> Path:  # fmt: skip
     """A shard in the dataset folder `data` with the ids first..last-1, one document or documents of these lengths."""
     info = tokenizer_info(load_tokenizer(tokenizer))
@@ -47,7 +47,7 @@ def add_shard(
     parts = [(np.arange(first, last), np.array(lengths or [last - first]))]
     meta = write_shard(
         data, f"{role}-{first:05d}", parts, dtype=token_dtype(info["vocab_size"]), tokenizer=info, units=[unit], role=role, seq_len=seq_len,
-        writer={"version": "test"}, mask_spans=mask_spans,
+        writer={"version": "test"} | ({"template": template} if template else {}), mask_spans=mask_spans,
     )  # fmt: skip
     source = {"source_id": unit["unit_id"], "names": ["text"], "docs": 1, "bytes": 1, "unit_bytes": 1, "unit_ids": [unit["unit_id"]]}
     write_manifest(data, sources=[source], shards=[meta], tokenizer=info, seq_len=seq_len)

@@ -4,8 +4,7 @@ from pathlib import Path
 
 import torch
 
-from llm.checkpoint.manifest import Manifest
-from llm.checkpoint.resume import open_checkpoint
+from llm.checkpoint.resume import Checkpoint, open_checkpoint
 from llm.config import ModelConfig
 from llm.log import UserError
 from llm.model.packed import pack
@@ -18,8 +17,8 @@ DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 def load_run(
     path: str | Path, step: int | None = None, *, device: str = "cpu", dtype: torch.dtype = torch.float32, packed: bool = False
-) -> tuple[Transformer, Tokenizer, Manifest]:
-    """The model, its tokenizer and the checkpoint's manifest.
+) -> tuple[Transformer, Tokenizer, Checkpoint]:
+    """The model, its tokenizer and the checkpoint that they are from.
 
     `path` is a run's folder, for its newest checkpoint or that of `step`, or the folder of one checkpoint. `packed`: faster on a CPU, but
     the linear maps have no parameters any more.
@@ -36,7 +35,7 @@ def load_run(
     model = model.to(device).eval()
     if packed:
         pack(model)
-    return model, tokenizer, checkpoint.manifest
+    return model, tokenizer, checkpoint
 
 
 def choose_device(name: str) -> str:

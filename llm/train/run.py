@@ -34,6 +34,7 @@ from llm.train.phases import Wish, choose_phase, row_cut
 from llm.train.probe import ACCEPT, Probe, probe_shards
 from llm.train.start import build_loaded_engine, check_identity, open_source, position
 from llm.train.summary import tell_sitting
+from llm.train.template import run_template
 from llm.train.validate import reading_copy, token_byte_lengths, validate
 from llm.train.watchdog import Watchdog
 
@@ -126,6 +127,7 @@ def _train(
     if fork:
         world.together(lambda: fork.check_data(chosen, plan.global_rows, at.step))
     source = world.together(lambda: open_source(options.init_from, tokenizer) if checkpoint is None else None)
+    template = world.together(lambda: run_template(train_shards, checkpoint, source, options.accept_change))
     world.on_rank_0(lambda: _make_folders(cfg, lock))
     route_output(cfg.log_folder / f"rank-{world.rank}.log")
     note.begin(at, options.retry_anyway)
@@ -135,7 +137,7 @@ def _train(
     probe = Probe(cfg, plan, world, engine, probe_shards(pool(train_shards), chosen))
     if checkpoint:
         world.together(lambda: probe.check(checkpoint.manifest, ACCEPT in options.accept_change))
-    keeper = Keeper(cfg, plan, world, engine, tokenizer, checkpoint, lock, probe, is_fork=begins)
+    keeper = Keeper(cfg, plan, world, engine, tokenizer, checkpoint, lock, probe, template, is_fork=begins)
     _introduce(cfg, plan, world, checkpoint, at, chosen)
     metrics = _metrics(cfg, world)
     validator = _validator(cfg, plan, world, engine, tokenizer, val_shards)

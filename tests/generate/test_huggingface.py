@@ -10,8 +10,10 @@ from little_run import make_run, sit
 from ranks import run_ranks
 from test_generate_run import save_model
 
+from llm.chat.prompt import chat_ids
 from llm.checkpoint.resume import open_checkpoint
 from llm.config import ModelConfig, load_config
+from llm.corpus.conversations import CHATML, Conversation, Template, Turn, render, to_jinja
 from llm.dist import World
 from llm.generate.generator import generate_rows
 from llm.generate.load import load_run
@@ -157,7 +159,7 @@ def exported_tokenizer(tokenizer, tmp_path_factory):
     from llm.tokenizer.export import write_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(tokenizer, folder, 64)
+    write_tokenizer(tokenizer, folder, 64, to_jinja(CHATML))
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
@@ -171,6 +173,27 @@ def test_the_chat_template_is_chatml_and_survives_the_way_back_and_forth(exporte
         theirs = transformers.AutoTokenizer.from_pretrained(at)
         assert theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == expected
         assert theirs.eos_token == "<|endoftext|>" and theirs.pad_token == "<|pad|>"
+
+
+ODD = Template(
+    "[\"{role}\" \\\\ {{%}}]\n{content}<|im_end|> 😀 it's {role}\n",
+    special=("<|im_end|>",), roles=(("user", "Hu\"man"), ("assistant", "Bot")), system="Be 'brief' \\n.",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("has_system", [True, False])
+def test_the_template_of_the_fine_tuning_is_that_of_the_exported_tokenizer(tokenizer, tmp_path, has_system):
+    save_model(tmp_path / "run", 1, build_model(ModelConfig(**ROPE).with_vocab(tokenizer.vocab_size), seed=3), tokenizer, ODD)
+    export(tmp_path / "run", tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    turns = (*[Turn("system", "S")] * has_system, Turn("user", "a {{ 1 }} \"b\""), Turn("assistant", "c\n"), Turn("user", "d"))
+    ours = "".join(segment.text for segment in render(Conversation(turns), ODD))
+    opening = '["Bot" \\\\ {{%}}]\n'
+    chat = [turn._asdict() for turn in turns]
+    assert theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == ours + opening
+    assert theirs.apply_chat_template(chat, add_generation_prompt=True).input_ids == chat_ids(turns, ODD, tokenizer, 10**6)[0]
+    config = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert config["eos_token_id"] == sorted({tokenizer.eos_id, tokenizer.special_ids["<|im_end|>"]})
 
 
 # ---------------------------------------------------------------- config.json of published models
