@@ -61,7 +61,16 @@ def main() -> None:
             retry_anyway=args.retry_anyway,
             write_samples=_write_samples() if cfg.log.sample_prompts else None,
         )
-        train(cfg, world, options)
+        train(cfg, world, options, tasks(cfg, world))
+
+
+def tasks(cfg, world):
+    """What eval.tasks asks for, as a function that training calls; their data are read now, so that what is wrong with them is told now."""
+    if not cfg.eval.tasks:
+        return None
+    from llm.eval.in_training import read_tasks
+
+    return read_tasks(cfg.eval, world).measure
 
 
 def _write_samples():

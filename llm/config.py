@@ -297,13 +297,31 @@ class CheckpointConfig(Section):
     """Write in a thread while training goes on, from a copy in host memory: 12 bytes for each parameter, shared out over the ranks."""
 
 
+class EvalConfig(Section):
+    """What is measured while training goes on, as launch/evaluate_model.py measures it."""
+
+    tasks: list[Literal["mmlu", "perplexity"]] = []
+    every: Interval = "10%"
+    """Steps between two measurements; one more at the end."""
+    limit: PositiveInt | None = 100
+    """So many questions of each subject, and documents of each text, the first ones; None: all."""
+    mmlu: str = "data/mmlu"
+    """A folder in MMLU's own layout."""
+    subjects: list[str] = []
+    """Of MMLU, these only; empty: all."""
+    shots: NonNegativeInt = 0
+    """Examples before each question."""
+    texts: list[str] = []
+    """Files or folders of text, for perplexity."""
+
+
 class LogConfig(Section):
     out_dir: str | None = None
     """Logs, metrics and TensorBoard files; None: the run's folder, under logs."""
     log_every: PositiveInt = 10
     tensorboard: bool = True
     sample_prompts: list[str] = []
-    """Written on at each validation, to see how the texts get better; not under ZeRO-3."""
+    """Written on at each validation, to see how the texts get better."""
     sample_tokens: PositiveInt = 64
     profile: StepRange | None = None
     """First and last step of the run to profile on rank 0: a trace for chrome://tracing or Perfetto, and the ten costliest operations."""
@@ -323,6 +341,7 @@ class RunConfig(Section):
     train: TrainConfig
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
 
     @property

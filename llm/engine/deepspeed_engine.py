@@ -10,7 +10,6 @@ import math
 import os
 import warnings
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
 
 import numpy as np
 import torch
@@ -24,7 +23,6 @@ from llm.dist import World
 from llm.engine.ds_config import ds_config_path, load_ds_config
 from llm.engine.optimizer import adam_step, build_adamw, create_moments, set_adam_step, set_lr
 from llm.engine.protocol import EngineError, ForwardClock, Reader, Update, count_targets, global_sums, model_inputs, named_shapes
-from llm.engine.wrap import plain
 
 TESTED = "0.19"
 
@@ -77,8 +75,16 @@ class DeepSpeedEngine:
         self.engine.train()
         return loss, count_targets(batch)
 
-    def plain_model(self) -> AbstractContextManager[nn.Module | None]:
-        return plain(self.engine.module) if self.stage < 3 else nullcontext()
+    def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if self.stage < 3:
+            return ((name, p.detach()) for name, p in self.named)
+        return ((name, self._gathered(p)) for name, p in self.named)
+
+    def _gathered(self, parameter: nn.Parameter) -> torch.Tensor:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
 
     def local_slices(self) -> Iterator[Slice]:
         for name, flat, at, start, numel in self._fragments():

@@ -2,7 +2,7 @@
 
 import math
 from collections.abc import Callable, Iterator
-from contextlib import AbstractContextManager, nullcontext
+from contextlib import nullcontext
 
 import torch
 from torch import nn
@@ -14,7 +14,6 @@ from llm.data.stream import Batch
 from llm.dist import World
 from llm.engine.optimizer import adam_step, build_adamw, create_moments, set_adam_step, set_lr
 from llm.engine.protocol import ForwardClock, Reader, Update, autocast, count_targets, global_sums, model_inputs, named_shapes
-from llm.engine.wrap import plain
 
 
 class TorchEngine:
@@ -68,8 +67,8 @@ class TorchEngine:
         self.model.train()
         return loss, count_targets(batch)
 
-    def plain_model(self) -> AbstractContextManager[nn.Module]:
-        return plain(self.model)
+    def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, p.detach()) for name, p in self.model.named_parameters())
 
     def local_slices(self) -> Iterator[Slice]:
         for name, kind, whole in self._tensors():

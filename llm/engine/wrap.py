@@ -1,8 +1,6 @@
-"""What is done to a model before an engine holds it: activation checkpointing and compilation; and how it is undone for a while."""
+"""What is done to a model before an engine holds it: activation checkpointing and compilation."""
 
 import functools
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 import torch
 from torch import nn
@@ -20,19 +18,6 @@ def wrap_model(model: nn.Module, cfg: EngineConfig, world_size: int) -> None:
         model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)  # nobody waits for gradients: one graph is fastest
     elif cfg.compile:
         _compile_parts(model)
-
-
-@contextmanager
-def plain(model: nn.Module) -> Iterator[nn.Module]:
-    """`model` in eval mode and as it was before `wrap_model`: compiled blocks would be compiled again for each length of a growing text."""
-    wrapped = [(block, block.__dict__.pop("forward")) for block in model.blocks if "forward" in block.__dict__]
-    model.eval()
-    try:
-        yield model
-    finally:
-        model.train()
-        for block, forward in wrapped:
-            block.forward = forward
 
 
 def _compile_parts(model: nn.Module) -> None:

@@ -59,6 +59,14 @@ class Transformer(nn.Module):
             self.head.weight = self.embed.weight
         self.loss = cross_entropy_sum  # here for the engine to compile: it pays, and holds no weights that ZeRO would have to gather
 
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
     def forward(
         self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: KVCache | None = None, doc_ids_BT: Tensor | None = None
     ) -> Tensor:

@@ -1,6 +1,7 @@
 """How long this sitting may go on, and how many steps the phase and the run have."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from llm.config import ConfigError, RunConfig
@@ -55,6 +56,13 @@ class Sitting:
         if self.tokens is not None and self.tokens_done:
             left.append((self.tokens - self.tokens_done) / self.tokens_done * self.steps_done * self.pace_s)
         return max(0.0, min(left))
+
+    def validation(self, work: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What `work` gives, its time counted."""
+        began = time.monotonic()
+        result = work()
+        self.validating_s += time.monotonic() - began
+        return result
 
     def over(self) -> str | None:
         """Why the sitting should end before another step, or None."""

@@ -66,6 +66,7 @@ def train_phase(
     stop: StopFlag,
     metrics: Metrics,
     validate: Callable[[], dict[str, float]] | None,
+    measure: Callable[[], dict[str, float]] | None,
     keeper: "Keeper",
     watchdog: Watchdog,
 ) -> str:
@@ -75,7 +76,8 @@ def train_phase(
     """
     phase = at.ledger.open_phase
     over = horizon(cfg, phase, plan.global_rows, at.step)
-    save_every, eval_every = (interval_steps(i, over.length) for i in (cfg.checkpoint.save_every, cfg.train.eval_every))
+    intervals = cfg.checkpoint.save_every, cfg.train.eval_every, cfg.eval.every
+    save_every, eval_every, tasks_every = (interval_steps(interval, over.length) for interval in intervals)
     saved_step, failed_saves, why = at.step, 0, None
     refused = refused_in_a_row([s.step for s in phase.skipped if s.reason != NO_TARGETS], at.step)
     if not phase.consumed:
@@ -163,10 +165,10 @@ def train_phase(
         collect_garbage(at.step)
         at.epoch_end = phase.passes(drawn + rows) > phase.passes(drawn)
         done = at.ledger.open_phase is None or at.step == over.end
+        if measure and ((tasks_every and at.step % tasks_every == 0) or done):
+            metrics.tasks(at.step, sitting.validation(measure))
         if validate and ((eval_every and at.step % eval_every == 0) or done):
-            validation_began = time.monotonic()
-            result = validate()
-            sitting.validating_s += time.monotonic() - validation_began
+            result = sitting.validation(validate)
             metrics.validation(at.step, result)
             at.metrics["val_loss"], at.metrics["val_step"] = result["loss"], float(at.step)
         elif at.metrics.get("val_step") != at.step:

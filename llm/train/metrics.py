@@ -68,6 +68,13 @@ class Metrics:
             self._write(step, {f"val/{key}": value for key, value in values.items()})
             log.info(f"step {step:,}  validation loss {values['loss']:.4f}, {values['bits_per_byte']:.4f} bits per byte")
 
+    def tasks(self, step: int, values: dict[str, float]) -> None:
+        """What eval.tasks have measured: {"TASK/METRIC": value}."""
+        if self.speaks:
+            self._write(step, "eval", values)
+            shown = [f"{name} {value:.4f}" for name, value in values.items() if name.endswith(("/all", "/bits_per_byte"))]
+            log.info(f"step {step:,}  {', '.join(shown)}")
+
     def ranks(self, step: int, values: dict[str, float]) -> None:
         """How the ranks' own times compare, in seconds a step."""
         if self.speaks:
