@@ -50,7 +50,7 @@ def generate_rows(
         if cache.length + stop - start > seq_len:
             cache.length, start = 0, stop - max(1, seq_len // 2)
         last_BD = model.hidden(torch.tensor([row[start:stop] for row in rows], device=weight.device), cache)[:, -1]
-        logits_BV = model.logits(last_BD)[:, : tokenizer.vocab_size].float().cpu()  # columns that only pad the vocabulary never win
+        logits_BV = model.head(last_BD)[:, : tokenizer.vocab_size].float().cpu()  # columns that only pad the vocabulary never win
         for r, row in enumerate(rows):
             if len(row) > stop:
                 continue  # its prompt goes on
