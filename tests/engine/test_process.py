@@ -83,7 +83,7 @@ def test_freed_memory_is_kept_and_denormals_are_zero():
     done = subprocess.run([sys.executable, "-c", IN_A_PROCESS_OF_ITS_OWN], capture_output=True, text=True, timeout=100)
     assert done.returncode == 0, done.stderr
     before, after, tiny = done.stdout.split()
-    assert int(after) < 10_000 < 40_000 < int(before)  # the heap may have to grow once more
+    assert int(after) < 20_000 < 40_000 < int(before)  # the heap may have to grow once more
     assert float(tiny) == 0
 
 

@@ -99,11 +99,11 @@ def test_a_sample_is_what_generation_from_the_checkpoint_of_its_step_writes(seen
     from llm.generate.load import load_run
     from llm.generate.samples import SAMPLING
 
-    model, tokenizer, manifest = load_run(load_config(seen_run[0]).run_folder)
+    model, tokenizer, checkpoint = load_run(load_config(seen_run[0]).run_folder)
     for sample in lines(logs(seen_run[0]) / "samples.jsonl")[-2:]:
         ids = prompt_ids(tokenizer, sample["prompt"], False)
         text = "".join(Writing(model, tokenizer, ids, max_tokens=4, sampling=SAMPLING, seed=1337))
-        assert (sample["step"], sample["text"]) == (manifest.step, text)
+        assert (sample["step"], sample["text"]) == (checkpoint.manifest.step, text)
 
 
 def sit_with_failing_samples(world, config: str) -> dict:
