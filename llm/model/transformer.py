@@ -69,7 +69,8 @@ class Transformer(nn.Module):
 
         With doc_ids, tokens see only those of their own document, and positions begin with it.
         """
-        return self.head(self.hidden(tokens_BT, cache, doc_ids_BT), targets_BT, self.cfg.z_loss if self.training else 0.0)
+        hidden_BTD = self.hidden(tokens_BT, cache, doc_ids_BT)
+        return self.head(hidden_BTD) if targets_BT is None else self.head(hidden_BTD, targets_BT, self.cfg.z_loss if self.training else 0.0)
 
     def hidden(self, tokens_BT: Tensor, cache: KVCache | None = None, doc_ids_BT: Tensor | None = None) -> Tensor:
         """What the head reads, [B, T, D]. With a cache the tokens follow those it holds, and are added to it."""

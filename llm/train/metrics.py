@@ -71,7 +71,7 @@ class Metrics:
     def tasks(self, step: int, values: dict[str, float]) -> None:
         """What eval.tasks have measured: {"TASK/METRIC": value}."""
         if self.speaks:
-            self._write(step, "eval", values)
+            self._write(step, {f"eval/{key}": value for key, value in values.items()})
             shown = [f"{name} {value:.4f}" for name, value in values.items() if name.endswith(("/all", "/bits_per_byte"))]
             log.info(f"step {step:,}  {', '.join(shown)}")
 
