@@ -45,7 +45,7 @@ test: install
 	python -m pytest
 
 torture: install
-	TORTURE=1 python -m pytest tests/faults tests/checkpoint tests/train tests/data tests/corpus tests/engine/test_refused_steps.py tests/test_config.py
+	TORTURE=1 python -m pytest tests/faults tests/checkpoint tests/train tests/data tests/corpus tests/doctor tests/engine/test_refused_steps.py tests/test_config.py
 
 mutations: install
 	python tests/faults/mutations.py

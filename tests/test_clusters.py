@@ -1,6 +1,7 @@
 """Slurm's script under stand-ins for srun and scontrol, and mpirun; clusters/torchrun.sh runs in tests/faults/test_two_hosts.py."""
 
 import os
+import re
 import shutil
 import signal
 import subprocess
@@ -29,7 +30,8 @@ import os, sys
 if sys.argv[1:] == ["show", "hostnames", "here[1-2]"]:
     print("127.0.0.1\\nanother")
 else:
-    open(os.environ["NOTED"], "a").write(" ".join(sys.argv[1:]) + "\\n")
+    early = " while it trains" * os.path.exists(os.environ["LOCK"])
+    open(os.environ["NOTED"], "a").write(" ".join(sys.argv[1:]) + early + "\\n")
 """
 PRETENDED = """
 import os, sys
@@ -45,7 +47,8 @@ def slurm(tmp_path) -> dict[str, str]:
         install(tmp_path / "bin" / name, source)
     return os.environ | {
         "PATH": os.pathsep.join([str(tmp_path / "bin"), str(BIN), os.environ["PATH"]]), "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1",
-        "NOTED": str(tmp_path / "noted"), "SLURM_JOB_NODELIST": "here[1-2]", "SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": str(TASKS),
+        "NOTED": str(tmp_path / "noted"), "LOCK": str(tmp_path / "checkpoints/little/LOCK"),
+        "SLURM_JOB_NODELIST": "here[1-2]", "SLURM_JOB_ID": str(os.getpid()), "SLURM_NTASKS": str(TASKS),
     }  # fmt: skip
 
 
@@ -104,6 +107,14 @@ def test_a_requeued_slurm_job_takes_the_lock_of_its_former_life(slurm, tmp_path)
     install(tmp_path / "bin" / "python", PRETENDED)
     submit(slurm | {"CODE": "0", "SLURM_RESTART_COUNT": "2"}, "--config", "x").communicate(timeout=20)
     assert noted(slurm) == ["launch/train.py --config x --steal-lock"] * TASKS
+
+
+def test_the_page_marks_what_needs_a_cluster_and_names_files_that_are_there():
+    page = (ROOT / "docs/clusters.md").read_text(encoding="utf-8")
+    lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]
+    unmarked = [line for line in lines if "# needs a cluster" not in line]
+    assert len(lines) > 6 and unmarked == ["mpirun -n 2 python launch/train.py --config configs/toy.yaml"]  # as the test below
+    assert set(re.findall(r"clusters/([\w.]+\w)", page)) == {p.name for p in (ROOT / "clusters").iterdir()}
 
 
 MPIRUN = shutil.which("mpirun", path=f"{BIN}{os.pathsep}{os.environ['PATH']}")

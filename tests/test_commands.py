@@ -48,8 +48,10 @@ def test_underscores_and_dashes_in_flags_mean_the_same(config):
 LAUNCHERS = {
     "python": [sys.executable],
     "torchrun": [BIN / "torchrun", "--nproc-per-node", "2"],
-    "deepspeed": [BIN / "deepspeed", "--hostfile", "HOSTFILE", "--master_port", "29641"],
-}
+    "deepspeed": [
+        BIN / "deepspeed", "--hostfile", "HOSTFILE", "--no_ssh", "--node_rank", "0", "--master_addr", "127.0.0.1", "--master_port", "29641",
+    ],
+}  # fmt: skip
 
 
 def test_python_torchrun_and_deepspeed_run_the_same_config_one_after_another(config, tmp_path):

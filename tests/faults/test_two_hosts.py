@@ -6,9 +6,9 @@ import time
 from pathlib import Path
 
 import pytest
-from counts import TORTURE, done
+from counts import TORTURE, done, torture
 from hosts import ADDRESSES, Hosts, two_hosts
-from launched import ROOT, Launched
+from launched import BIN, ROOT, Launched
 from lives import assert_fed_once, committed, exit_note, fault_run, live, start
 
 from llm.checkpoint.resume import newest
@@ -89,10 +89,10 @@ def assert_whole(config: Path) -> None:
     assert steps in ([2], [2, 4]) and newest(World(), run).manifest.step == steps[-1] and not (run / "quarantine").exists()
 
 
-def on_both(hosts: Hosts, config: Path, *words: str, fault: str) -> list[Launched]:
+def on_both(hosts: Hosts, config: Path, fault: str, **env: str) -> list[Launched]:
     """clusters/torchrun.sh with the same words on each host, one rank a host."""
-    env = {"HEAD": ADDRESSES[0], "HOSTS": "2", "RANKS": "1", "FED": str(config.parent / "fed")}
-    return [Launched([*hosts.prefix(host), "clusters/torchrun.sh"], config, "--retry-anyway", *words, fault=fault, **env) for host in (0, 1)]
+    env = {"HEAD": ADDRESSES[0], "HOSTS": "2", "RANKS": "1", "FED": str(config.parent / "fed")} | env
+    return [Launched([*hosts.prefix(host), "clusters/torchrun.sh"], config, "--retry-anyway", fault=fault, **env) for host in (0, 1)]
 
 
 @pytest.mark.parametrize("what", ["cut", "killed"] if TORTURE else ["cut"])
@@ -116,3 +116,31 @@ def test_torchrun_meets_trains_and_ends_on_both_hosts_when_one_goes_and_the_ledg
     verify = [sys.executable, "tools/ledger.py", "verify", load_config(config).run_folder]
     audit = subprocess.run(verify, cwd=ROOT, capture_output=True, text=True)
     assert audit.returncode == 0, audit.stdout + audit.stderr
+
+
+@torture
+@pytest.mark.parametrize("what", ["cut", "killed"])
+def test_with_a_range_of_hosts_the_one_that_is_left_goes_on_by_itself(hosts, config, what):
+    first, second = on_both(hosts, config, "step:1:5:hold", HOSTS="1:2", RESTARTS="1")
+    with first, second:
+        second.reached(1)
+        hosts.pull(1) if what == "cut" else hosts.kill(1)
+        gone_at = time.monotonic()
+        assert first.process.wait(120) == 0, first.output  # torchrun gives up a host after 15 s and waits 30 s for others
+        print(f"torchrun, 1:2, {what}: done without the other after {time.monotonic() - gone_at:.1f} s")
+    assert first.output.count("little starts at step 0") == 1 and "saved on 2 ranks" in first.output
+    assert_fed_once(config, STEPS, EPOCHS)
+
+
+@torture
+def test_deepspeed_with_a_hostfile_trains_on_both_hosts(hosts, config, tmp_path):
+    (tmp_path / "hostfile").write_text("".join(f"{address} slots=1\n" for address in ADDRESSES))
+    words = [BIN / "deepspeed", "--hostfile", tmp_path / "hostfile", "--no_ssh", "--master_addr", ADDRESSES[0]]
+    first, second = (
+        Launched([*hosts.prefix(host), *words, "--node_rank", host], config, "zero_stage=2", "hang_timeout_s=30", FED=str(tmp_path / "fed"))
+        for host in (0, 1)
+    )
+    with first, second:
+        output = first.ended() + second.ended()
+    assert (first.process.returncode, second.process.returncode) == (0, 0), output
+    assert_fed_once(config, STEPS, EPOCHS)
