@@ -160,7 +160,8 @@ def test_only_as_many_files_of_the_hub_come_as_the_sample_needs_and_each_is_held
 
 def test_mmlu_comes_with_its_examples_and_in_the_layout_that_evaluation_reads(tmp_path, monkeypatch):
     def row(subject: str, i: int) -> dict:
-        return {"question": f'{subject} "{i}", or\nnot?' if i % 2 else f"{subject} {i}\u2028?", "subject": subject, "choices": [f"{i}", "b, c", "d", "e"], "answer": i % 4}
+        question = f'{subject} "{i}", or\nnot?' if i % 2 else f"{subject} {i}\u2028?"
+        return {"question": question, "subject": subject, "choices": [f"{i}", "b, c", "d", "e"], "answer": i % 4}
 
     splits = {"dev": 5, "validation": 2, "test": 7}
     contents = {f"all/{split}-00000-of-00001.parquet": parquet(*(row(s, i) for s in ("anatomy", "virology") for i in range(n)))
