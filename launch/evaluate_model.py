@@ -1,6 +1,6 @@
 """Measure how good a model is. The same command again goes on where it was.
 
-  python launch/evaluate_model.py checkpoints/toy --tasks mmlu --mmlu data/mmlu --shots 5
+  python launch/evaluate_model.py checkpoints/toy --tasks mmlu --mmlu data/raw/mmlu --shots 5
   python launch/evaluate_model.py checkpoints/toy --tasks perplexity --text my-text.txt data/toy
   python launch/evaluate_model.py checkpoints/toy --tasks arc_easy,hellaswag,gsm8k --task-data data/tasks
 
@@ -65,7 +65,7 @@ def _arguments():
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or that of one checkpoint")
     parser.add_argument("--tasks", required=True, metavar="A,B,...", help="mmlu, perplexity, arc_easy, arc_challenge, hellaswag, gsm8k, ...")
     parser.add_argument("--shots", type=int, metavar="N", help="examples before each question (mmlu: 0; others: what the task says)")
-    parser.add_argument("--mmlu", type=Path, default=Path("data/mmlu"), metavar="FOLDER", help="dev/*_dev.csv and test/*_test.csv (%(default)s)")
+    parser.add_argument("--mmlu", type=Path, default=Path("data/raw/mmlu"), metavar="FOLDER", help="dev/*_dev.csv and test/*_test.csv (%(default)s)")
     parser.add_argument("--subjects", metavar="A,B,...", help="of MMLU, these only")
     parser.add_argument("--beside-harness", action="store_true", help="mmlu a second time, by lm-evaluation-harness, question by question")
     parser.add_argument("--text", type=Path, nargs="+", metavar="PATH", help="for perplexity: text in any format, dataset folders, or .bin shards")

@@ -305,7 +305,7 @@ class EvalConfig(Section):
     """Steps between two measurements; one more at the end."""
     limit: PositiveInt | None = 100
     """So many questions of each subject, and documents of each text, the first ones; None: all."""
-    mmlu: str = "data/mmlu"
+    mmlu: str = "data/raw/mmlu"
     """A folder in MMLU's own layout."""
     subjects: list[str] = []
     """Of MMLU, these only; empty: all."""
