@@ -1,10 +1,11 @@
 """Out of memory: the run goes on in smaller micro-batches, and learns what it would have learned with them from the start."""
 
+from itertools import count
 from unittest import mock
 
 import pytest
 import torch
-from little_run import make_run, sit
+from little_run import SEQ_LEN, make_run, sit
 from ranks import run_ranks
 
 from llm.config import ConfigError, batch_plan, load_config
@@ -13,32 +14,33 @@ from llm.engine.torch_engine import TorchEngine
 from llm.train.fit import OutOfMemory, fitted, smaller_rows
 
 
-def memory_for(rows: int, error: BaseException):
-    """A machine on which batches of more rows than this run out of memory, after the forward pass, once gradients may be there."""
-    whole = TorchEngine._loss
+def memory_for(rows: int, error: BaseException, spared: int = 0):
+    """A machine on which batches of more rows than this run out of memory after the forward pass, the first `spared` of them not."""
+    whole, too_large = TorchEngine._loss, count()
 
     def loss(self, model, batch):
         found = whole(self, model, batch)
-        if self.model.training and len(batch.tokens_BT) > rows:
+        if self.model.training and len(batch.tokens_BT) > rows and next(too_large) >= spared:
             found.register_hook(lambda _: (_ for _ in ()).throw(error))
         return found
 
     return mock.patch.object(TorchEngine, "_loss", loss)
 
 
-def runs_to_the_end(root, rows, memory: int | None = None, error=None, **changes) -> dict:
+def runs_to_the_end(root, rows, memory: int | None = None, error=None, spared: int = 0, **changes) -> dict:
     config = str(make_run(root, batch_size=rows, **changes))
     if memory is None:
         return sit(World(), config)
-    with memory_for(memory, error):
+    with memory_for(memory, error, spared):
         return sit(World(), config)
 
 
 @pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory: 8 bytes")])
 def test_after_running_out_of_memory_the_run_is_that_of_the_smaller_micro_batch(tmp_path, error):
-    small = runs_to_the_end(tmp_path / "small", 1)
-    halved = runs_to_the_end(tmp_path / "halved", 4, memory=1, error=error)
-    assert halved["step"] == 10
+    small = runs_to_the_end(tmp_path / "small", 2, batch_tokens=8 * SEQ_LEN)
+    # in the second micro-batch of the first step, when the first one has left its gradients
+    halved = runs_to_the_end(tmp_path / "halved", 4, memory=2, error=error, spared=1, batch_tokens=8 * SEQ_LEN)
+    assert halved["step"] == 5
     assert (halved["chain"], halved["state"], halved["ledger"]) == (small["chain"], small["state"], small["ledger"])
 
 
