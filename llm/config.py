@@ -24,6 +24,7 @@ from pydantic import (
 
 from llm.log import UserError
 
+AUTO_TOKENS = 65_536  # batch_size: auto looks at no larger micro-batches: they gain nothing more
 VOCAB_MULTIPLE = 128  # padded vocabularies keep the head's matmul on aligned tiles
 MAX_PROFILED = 100  # steps
 Fraction = Annotated[float, Field(ge=0, le=1)]
@@ -216,8 +217,8 @@ class DataConfig(Section):
 class TrainConfig(Section):
     lr: PositiveFloat
     """Peak learning rate."""
-    batch_size: PositiveInt
-    """Rows per rank and micro-batch."""
+    batch_size: PositiveInt | Literal["auto"]
+    """Rows per rank and micro-batch. auto: as many as fit into memory, tried out at the start; the global batch is then batch_tokens."""
     grad_accum: PositiveInt | None = None
     batch_tokens: PositiveInt | None = None
     """Global batch in tokens; accumulation then follows from the number of ranks, and the run's numbers do not depend on it."""
@@ -370,6 +371,14 @@ class BatchPlan(Section):
     def tokens(self) -> int:
         return self.global_rows * self.seq_len
 
+    @property
+    def rank_rows(self) -> int:
+        return self.global_rows // self.ranks
+
+    def with_rows(self, micro_rows: int) -> "BatchPlan":
+        """The same global batch in other micro-batches."""
+        return self.model_copy(update={"micro_rows": micro_rows, "accumulation": self.rank_rows // micro_rows})
+
     def __str__(self) -> str:
         return (
             f"{self.global_rows} rows = {self.micro_rows} per micro-batch x {self.ranks} ranks x {self.accumulation} accumulated, "
@@ -385,6 +394,8 @@ def batch_plan(cfg: RunConfig, ranks: int, run_rows: int | None = None) -> Batch
         rows, reason = train.batch_tokens // seq_len, f"train.batch_tokens {train.batch_tokens:,}"
         if train.batch_tokens % seq_len:
             raise ConfigError(f"train.batch_tokens {train.batch_tokens:,} is not a multiple of model.seq_len {seq_len:,}.")
+    if train.batch_size == "auto":
+        return _largest_cut(rows, ranks, seq_len)
     if rows is None:
         rows, reason = train.batch_size * ranks * (train.grad_accum or 1), "batch_size x ranks x grad_accum"
     if rows % (train.batch_size * ranks):
@@ -396,6 +407,15 @@ def batch_plan(cfg: RunConfig, ranks: int, run_rows: int | None = None) -> Batch
         )
     accumulation = rows // (train.batch_size * ranks)
     return BatchPlan(global_rows=rows, micro_rows=train.batch_size, ranks=ranks, accumulation=accumulation, seq_len=seq_len)
+
+
+def _largest_cut(rows: int | None, ranks: int, seq_len: int) -> BatchPlan:
+    """Micro-batches of as many rows as are ever worth it."""
+    if rows is None or rows % ranks:
+        raise ConfigError(f"train.batch_size: auto needs train.batch_tokens, in rows of {seq_len:,} tokens that divide among {ranks} ranks.")
+    most = max(1, AUTO_TOKENS // seq_len)
+    micro_rows = next(n for n in range(min(most, rows // ranks), 0, -1) if rows // ranks % n == 0)
+    return BatchPlan(global_rows=rows, micro_rows=micro_rows, ranks=ranks, accumulation=rows // ranks // micro_rows, seq_len=seq_len)
 
 
 # ---------------------------------------------------------------- loading

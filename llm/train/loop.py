@@ -17,6 +17,7 @@ from llm.log import UserError, log
 from llm.train.budget import Sitting, horizon
 from llm.train.exits import NeedsAPerson
 from llm.train.faults import StopFlag
+from llm.train.fit import train_step
 from llm.train.guard import Recent, SpikeGuard, refused_in_a_row
 from llm.train.metrics import Metrics
 from llm.train.schedule import lr_at
@@ -131,7 +132,8 @@ def train_phase(
             break
 
         if n_targets:
-            update = engine.train_step(batches, n_targets, lr_at(cfg.train, over, at.step), lambda loss: guard.why_not(loss) is None)
+            rate = lr_at(cfg.train, over, at.step)
+            update = train_step(engine, stream, world, drawn, batches, n_targets, rate, lambda loss: guard.why_not(loss) is None)
             why = None if update.applied else guard.why_not(update.loss) or "a gradient was not finite on some rank (limit: any finite number)"
             refused = refused + 1 if why else 0
         else:  # a step of somebody's questions alone, where rows are few and short

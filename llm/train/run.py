@@ -30,6 +30,7 @@ from llm.train.budget import Sitting, horizon
 from llm.train.datasets import DatasetTokens, open_shards, pool
 from llm.train.exits import ExitNote
 from llm.train.faults import StopFlag
+from llm.train.fit import fitted
 from llm.train.keeper import Keeper, write_view
 from llm.train.loop import Progress, train_phase
 from llm.train.metrics import Metrics
@@ -142,6 +143,8 @@ def _train(
     if not cfg.train.batch_tokens:  # the run's own global batch, which another number of ranks cuts otherwise
         cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"grad_accum": plan.accumulation})})
     engine = build_loaded_engine(cfg, world, checkpoint, source)
+    if cfg.train.batch_size == "auto":
+        plan = world.together(lambda: fitted(cfg, plan, world, engine))
     probe = Probe(cfg, plan, world, engine, probe_shards(pool(train_shards), chosen))
     if checkpoint:
         world.together(lambda: probe.check(checkpoint.manifest, ACCEPT in options.accept_change))
