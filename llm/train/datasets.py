@@ -42,7 +42,7 @@ class DatasetTokens:
         self._drawn = {}  # phase name -> (draws counted so far, how many of them each shard gave)
 
     def of(self, ledger: Ledger) -> dict[str, int]:
-        """Since step 0, as of `ledger`. A draw counts as its shard's mean number of targets, so it is exact for whole passes."""
+        """Since step 0, as of `ledger`. A draw counts as an even part of its shard's tokens but the first, so whole passes count each once."""
         tokens = Counter()
         for phase in ledger.phases:
             counted, draws = self._drawn.get(phase.name, (0, 0))

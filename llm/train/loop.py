@@ -114,7 +114,7 @@ def train_phase(
     while True:
         watchdog.step_boundary(at.step)
         metrics.profiler.before(at.step + 1)
-        started_at = time.perf_counter()
+        started_at, saved_for_s = time.perf_counter(), sitting.saving_s
         drawn, problem = at.ledger.open_phase.consumed, None
         try:
             batches = stream.step(drawn)
@@ -150,7 +150,7 @@ def train_phase(
         at.step, at.updates = at.step + 1, at.updates + update.applied
         at.tokens_seen += n_targets * update.applied
         sitting.count_step(n_targets * update.applied)
-        seconds = time.perf_counter() - started_at
+        seconds = time.perf_counter() - started_at - (sitting.saving_s - saved_for_s)
         metrics.profiler.after(at.step)
         stragglers.add(engine.forward_clock.take(), data_wait_s, seconds)
         if update.applied:

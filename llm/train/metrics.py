@@ -7,6 +7,8 @@ import json
 import time
 from pathlib import Path
 
+import yaml
+
 from llm.config import RunConfig
 from llm.data.ledger import Ledger
 from llm.data.seen import view_lines
@@ -14,6 +16,8 @@ from llm.log import LiveLine, clock, log
 from llm.train.budget import Sitting
 from llm.train.datasets import DatasetTokens
 from llm.train.profiler import StepProfiler
+
+MAX_LINES = 200  # of the ledger, at each checkpoint, in TensorBoard's files
 
 
 class Metrics:
@@ -89,6 +93,11 @@ class Metrics:
             self._board.add_scalar(f"fault/{kind}", 1.0, step)
             self._board.add_text(f"fault/{kind}", why, step)
 
+    def start(self, step: int, record: dict) -> None:
+        """What `note_start` noted."""
+        for name, value in {"config": record["config"], "environment": {key: v for key, v in record.items() if key != "config"}}.items():
+            self.page(name, yaml.safe_dump(value, sort_keys=False), step)
+
     def samples(self, step: int, texts: dict[str, str]) -> None:
         """What the model wrote after each of the prompts."""
         with open(self._folder / "samples.jsonl", "a", encoding="utf-8") as file:
@@ -100,7 +109,9 @@ class Metrics:
     def seen(self, step: int, view: dict | None) -> None:
         """What a checkpoint's ledger says; a view of `seen_view`, None on ranks that have none."""
         if view:
-            self.page("ledger", "\n".join(view_lines(view)).strip(), step)
+            lines = view_lines(view)
+            more = [f"and {len(lines) - MAX_LINES:,} lines more: tools/ledger.py show"] if len(lines) > MAX_LINES else []
+            self.page("ledger", "\n".join([*lines[:MAX_LINES], *more]).strip(), step)
 
     def page(self, name: str, text: str, step: int) -> None:
         """A plain text for TensorBoard, shown as it is."""

@@ -6,8 +6,6 @@ from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-import yaml
-
 from llm.checkpoint import folder
 from llm.checkpoint.lock import LockError, RunLock
 from llm.checkpoint.resume import Checkpoint, newest
@@ -151,10 +149,7 @@ def _train(
     keeper = Keeper(cfg, plan, world, engine, tokenizer, checkpoint, lock, probe, template, is_fork=begins)
     _introduce(cfg, plan, world, checkpoint, at, chosen)
     metrics = _metrics(cfg, world, sitting, DatasetTokens(train_shards))
-    if world.rank == 0:
-        start = note_start(cfg, world, plan, at.step)
-        metrics.page("config", yaml.safe_dump(start["config"], sort_keys=False), at.step)
-        metrics.page("environment", yaml.safe_dump({key: value for key, value in start.items() if key != "config"}, sort_keys=False), at.step)
+    world.on_rank_0(lambda: metrics.start(at.step, note_start(cfg, world, plan, at.step)))
     validator = _validator(cfg, plan, world, engine, tokenizer, val_shards)
     if validator and options.write_samples:
         validate_alone = validator
@@ -227,7 +222,8 @@ def _end_steps(cfg: RunConfig, plan: BatchPlan, at: Progress, sitting: Sitting) 
     """The steps at which this sitting and the run end at the latest, for the progress line."""
     phase = at.ledger.open_phase
     run_end = min(horizon(cfg, phase, plan.global_rows, at.step).end, at.step + -(-(phase.total - phase.consumed) // plan.global_rows))
-    return min(run_end, at.step - sitting.steps_done + sitting.steps) if sitting.steps else run_end, run_end
+    today_end = at.step - sitting.steps_done + sitting.steps if sitting.steps else run_end
+    return min(today_end, run_end), run_end
 
 
 def _metrics(cfg: RunConfig, world: World, sitting: Sitting, by_dataset: DatasetTokens) -> Metrics:

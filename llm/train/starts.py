@@ -16,6 +16,7 @@ from pathlib import Path
 import llm
 from llm.config import BatchPlan, RunConfig
 from llm.dist import World
+from llm.log import log
 
 LIBRARIES = ("torch", "deepspeed", "numpy", "tokenizers")
 
@@ -35,8 +36,11 @@ def note_start(cfg: RunConfig, world: World, plan: BatchPlan, step: int) -> dict
         "versions": {"tally": llm.__version__, "python": platform.python_version()} | _versions(),
         "config": cfg.model_dump(mode="json"),
     }
-    with open(cfg.log_folder / "starts.jsonl", "a", encoding="utf-8") as file:
-        print(json.dumps(record), file=file)
+    try:
+        with open(cfg.log_folder / "starts.jsonl", "a", encoding="utf-8") as file:
+            print(json.dumps(record), file=file)
+    except OSError as error:  # what training needs is tried elsewhere
+        log.warning(f"{cfg.log_folder / 'starts.jsonl'}: cannot be written ({error.strerror}). Training begins all the same.")
     return record
 
 

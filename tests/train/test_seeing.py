@@ -18,7 +18,7 @@ from llm.train.datasets import DatasetTokens
 
 PROMPTS = ["w1 w2", "w7 <b> `w8`"]
 Z_LOSS = ["model.z_loss=0.01"]  # is there in training mode only, so a model that is left in the other one learns something else
-ALL_ON = [*Z_LOSS, "log.profile=[3, 5]", f"log.sample_prompts={json.dumps(PROMPTS)}", "log.sample_tokens=4", "log.tensorboard=true"]
+ALL_ON = [*Z_LOSS, "log.profile=[3, 5]", f"log.sample_prompts={json.dumps(PROMPTS)}", "log.sample_tokens=4", "log.tensorboard=true", "save_every=2"]
 
 
 def logs(config: Path) -> Path:
