@@ -1,4 +1,4 @@
-"""The commands of the pages on data and fine-tuning name scripts and options that there are."""
+"""The commands of the pages on data, fine-tuning and planning name scripts and options that there are."""
 
 import re
 import shlex
@@ -11,7 +11,7 @@ import pytest
 ROOT = Path(__file__).parent.parent
 
 
-@pytest.mark.parametrize("page, at_least", [("data.md", 10), ("finetune.md", 6)])
+@pytest.mark.parametrize("page, at_least", [("data.md", 10), ("finetune.md", 6), ("plan.md", 4)])
 def test_every_command_on_the_page_names_a_script_and_options_that_exist(page, at_least):
     blocks = re.findall(r"```bash\n(.*?)```", (ROOT / "docs" / page).read_text(encoding="utf-8"), re.DOTALL)
     commands = [shlex.split(line, comments=True) for block in blocks for line in block.splitlines() if line.startswith("python ")]
