@@ -13,6 +13,7 @@ from llm.checkpoint.saver import SaveFailed
 from llm.config import BatchPlan, ConfigError, RunConfig, batch_plan
 from llm.data.ledger import Ledger
 from llm.data.sampler import Sampler
+from llm.data.seen import seen_view
 from llm.data.shards import Shard
 from llm.data.stream import Stream, eval_batches
 from llm.dist import World
@@ -25,7 +26,7 @@ from llm.train.budget import Sitting, horizon
 from llm.train.datasets import open_shards, pool
 from llm.train.exits import ExitNote
 from llm.train.faults import StopFlag
-from llm.train.keeper import Keeper
+from llm.train.keeper import Keeper, write_view
 from llm.train.loop import Progress, train_phase
 from llm.train.metrics import Metrics
 from llm.train.phases import Wish, choose_phase, row_cut
@@ -95,7 +96,7 @@ def _train(
     train_shards, val_shards = open_shards(cfg, tokenizer, world)
 
     # a folder that does not exist is not made yet: a mistake found below leaves nothing behind
-    world.on_rank_0(lambda: lock.take(options.steal_lock) if cfg.run_folder.is_dir() else None)
+    world.on_rank_0(lambda: _take_over(cfg.run_folder, lock, options.steal_lock) if cfg.run_folder.is_dir() else None)
     if options.fresh:
         world.on_rank_0(lambda: _move_aside(cfg.run_folder, lock))
     checkpoint = world.together(lambda: newest(world, cfg.run_folder, options.from_step if fork is None else None))
@@ -112,6 +113,8 @@ def _train(
 
     chosen = choose(options.wish)
     if isinstance(chosen, str):
+        if checkpoint and not begins:  # whoever saved it may have been killed before it wrote this
+            world.on_rank_0(lambda: write_view(cfg.run_folder, seen_view(at.ledger)))
         log.info(chosen)
         return
     if fork:
@@ -151,6 +154,11 @@ def _train(
     note.ended(chosen)
 
 
+def _take_over(run: Path, lock: RunLock, by_force: bool) -> None:
+    lock.take(by_force)
+    folder.clean(run)
+
+
 def _move_aside(run: Path, lock: RunLock) -> None:
     if folder.has_committed(run):
         aside = run.with_name(f"{run.name}.before-{time.strftime('%Y%m%dT%H%M%S')}")
@@ -169,7 +177,7 @@ def _make_folders(cfg: RunConfig, lock: RunLock) -> None:
             raise LockError(f"{cfg.run_folder}: another job has begun this run in the meantime. Run again to go on from its checkpoint.")
         cfg.log_folder.mkdir(parents=True, exist_ok=True)
         probe.mkdir()
-        folder.clean(cfg.run_folder)
+        probe.rmdir()
     except OSError as error:
         raise ConfigError(
             f"{error.filename or cfg.run_folder}: cannot be written ({error.strerror}). Checkpoints and logs go there: change "
