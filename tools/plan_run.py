@@ -12,10 +12,11 @@ counted, and plans with the speed that it found.
 import json
 import subprocess
 import sys
+import tempfile
 from pathlib import Path
 
 from llm import cli
-from llm.log import log
+from llm.log import log, progress
 
 MEASURED_STEPS = 3
 
@@ -46,7 +47,9 @@ def _parser() -> cli.Parser:
     parser = cli.parser(__doc__)
     parser.add_config()
     parser.add_argument("--gpus", type=_counts, default=[1], metavar="N[,N]", help="how many GPUs; several numbers are planned one by one (1)")
-    parser.add_argument("--gpu", metavar="NAME", help="a100, h100, h200, b200, l40s, 4090, or cpu, whose number is of processes (what is here)")
+    parser.add_argument(
+        "--gpu", metavar="NAME", help="a100, a100-40gb, h100, h200, b200, l40s, 4090, or cpu, whose number is of processes (what is here)"
+    )
     parser.add_argument("--gpus-per-node", type=int, default=8, metavar="N", help="in one machine (%(default)s)")
     parser.add_argument("--network", type=float, metavar="GB/S", help="between machines, all network cards of one together (as usual with such GPUs)")
     parser.add_argument("--mfu", type=float, metavar="X", help="part of the device's bf16 peak that training reaches (0.4, assumed)")
@@ -87,7 +90,7 @@ def _plan(cfg, data, gpu: str, ranks: int, mfu: float, args, mfu_is_measured: bo
     everything = cut.candidates(cfg, cluster, mfu)
     configured = cut.as_configured(cfg, everything)
     best, rows = cut.fastest(everything, configured), cut.best_of_each_kind(everything)
-    rows = [c for c in (configured, best) if c and c not in rows] + rows
+    rows = [c for c in dict.fromkeys((configured, best)) if c and c not in rows] + rows
     what = f"{ranks} x {gpu}" if gpu != "cpu" else f"{ranks} process{'es' * (ranks > 1)} on this machine's cpu"
     log.info(f"\n{what}, GiB on each (c: as the config says, >: fits and is fastest, !: does not fit)")
     for line in screen.table(rows, best, configured):
@@ -130,19 +133,33 @@ def _measure(cfg, gpu: str) -> dict:
     micro_rows, accumulation = cfg.train.batch_size, 2  # two micro-batches show what accumulates; a whole batch may take long
     few = cut.candidate(cfg, cut.cluster_of(gpu, 1, 8), 1.0, micro_rows * accumulation, micro_rows).cfg
     log.info(f"\nmeasuring {MEASURED_STEPS} steps of {accumulation} x {micro_rows} rows on {here}, random ids, one process ...")
-    done = subprocess.run(
-        [sys.executable, "-m", "llm.engine.census", str(MEASURED_STEPS)], input=few.model_dump_json(), capture_output=True, text=True, check=False
-    )
-    if done.returncode:
-        last = (done.stderr.strip() or done.stdout.strip() or "no word").splitlines()[-1]
-        raise hardware.PlanError(f"--measure: the steps ended with code {done.returncode}: {last}. Try a smaller train.batch_size.")
-    found = json.loads(done.stdout.splitlines()[-1])
+    found = _census(few.model_dump_json())
     for line in screen.measured_lines(memory_of(few, 1, hardware.find_device(gpu).kind), found["bytes"]):
         log.info(line)
     tokens = accumulation * micro_rows * cfg.model.seq_len
     rate = tokens * flops_per_token(cfg.model) / found["step_seconds"]
     log.info(f"{tokens / found['step_seconds']:,.0f} tokens/s, {rate / 1e9:,.0f} GFLOP/s, {found['threads']} threads, {found['device']}")
     return found | {"mfu": rate / hardware.find_device(gpu).flops}
+
+
+def _census(config: str) -> dict:
+    """What a process that makes the steps tells. Raises PlanError when it fails, for want of memory say."""
+    from llm.plan.hardware import PlanError
+
+    words, last = [sys.executable, "-m", "llm.engine.census", str(MEASURED_STEPS)], ""
+    with tempfile.TemporaryFile("w+") as errors, progress(MEASURED_STEPS + 2, "measuring", "parts") as bar:
+        process = subprocess.Popen(words, stdin=subprocess.PIPE, stdout=subprocess.PIPE, stderr=errors, text=True)
+        process.stdin.write(config)
+        process.stdin.close()
+        for line in process.stdout:
+            last = line
+            if line.startswith("census:"):
+                bar.advance()
+        if process.wait():
+            errors.seek(0)
+            word = (errors.read().strip() or last.strip() or "no word").splitlines()[-1]
+            raise PlanError(f"--measure: the steps ended with code {process.returncode}: {word}. Try a smaller train.batch_size.")
+    return json.loads(last)
 
 
 def _write(path: Path, cfg, plans: list[dict], measured: dict | None) -> None:
@@ -155,6 +172,7 @@ def _write(path: Path, cfg, plans: list[dict], measured: dict | None) -> None:
         "plans": plans, "measured": measured,
     }  # fmt: skip
     try:
+        path.parent.mkdir(parents=True, exist_ok=True)
         durable.write_text(path, json.dumps(report, indent=1) + "\n")
     except OSError as error:
         raise UserError(f"--json {path}: cannot be written ({error.strerror}). Choose another file.") from error

@@ -1,6 +1,6 @@
 """What an engine really holds: bytes of tensors by kind, counted in the process over a few steps on random ids. Not used in training.
 
-python -m llm.engine.census STEPS < run.json      the resolved config of a run; prints one line of JSON
+python -m llm.engine.census STEPS < run.json      the resolved config of a run; prints a line after each, and a last one of JSON
 """
 
 import json
@@ -12,6 +12,7 @@ import time
 import weakref
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
+from pathlib import Path
 
 import torch
 from torch import Tensor
@@ -24,6 +25,8 @@ from llm.dist import World, pick_device
 from llm.engine import Engine, build_engine
 from llm.engine.process import settled
 from llm.model.init import build_model
+
+STEP = "census: step"  # tools/plan_run.py counts these lines
 
 
 class LiveBytes(TorchDispatchMode):
@@ -123,13 +126,14 @@ def count(cfg: RunConfig, world: World) -> dict[str, int]:
     }  # fmt: skip
 
 
-def time_steps(cfg: RunConfig, world: World, steps: int) -> float:
-    """Seconds of an optimizer step on a fresh engine: the median of `steps` after one that compiles and warms up. Collective."""
+def time_steps(cfg: RunConfig, world: World, steps: int, tell: Callable[[], None]) -> float:
+    """Seconds of an optimizer step on a fresh engine: the median of `steps` after one that compiles and warms up. Collective. `tell`: after each."""
     engine, seconds = build_engine(cfg, world, build_model(cfg.model, cfg.train.seed)), []
     for step in range(steps + 1):
         started_at = time.perf_counter()
         _step(engine, cfg, world, seed=step)  # ends with a read of the loss, so with all work done
         seconds.append(time.perf_counter() - started_at)
+        tell()
     return statistics.median(seconds[1:])
 
 
@@ -180,7 +184,14 @@ def _reset_peak(world: World, live: LiveBytes | None) -> None:
 
 
 def _process_bytes() -> int:
+    status = Path("/proc/self/status")
+    if status.exists():  # getrusage would tell of the peak of the process that launched this one, if that was higher
+        return next(1024 * int(line.split()[1]) for line in status.read_text().splitlines() if line.startswith("VmHWM"))
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
+
+
+def _tell_step() -> None:
+    print(STEP, flush=True)
 
 
 def main() -> None:
@@ -189,7 +200,8 @@ def main() -> None:
     world = world.on(pick_device(cfg.engine.device, world))
     with settled(world.device, cfg.engine.keep_memory):
         counted = count(cfg, world)
-        seconds = time_steps(cfg, world, int(sys.argv[1]))
+        _tell_step()
+        seconds = time_steps(cfg, world, int(sys.argv[1]), _tell_step)
     name = torch.cuda.get_device_name(world.device) if world.device.startswith("cuda") else "cpu"
     print(json.dumps({"bytes": counted, "step_seconds": seconds, "device": name, "threads": torch.get_num_threads()}))
 

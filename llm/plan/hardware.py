@@ -47,6 +47,7 @@ class Device:
 _GPUS = {
     #        name of peak_flops  MiB     hbm      NVLink or PCIe  network
     "a100": ("A100", 81_920, 2.04e12, 300e9, 200e9),
+    "a100-40gb": ("A100", 40_960, 1.555e12, 300e9, 200e9),
     "h100": ("H100", 81_559, 3.35e12, 450e9, 400e9),
     "h200": ("H200", 143_771, 4.8e12, 450e9, 400e9),
     "b200": ("B200", 182_630, 7.67e12, 900e9, 400e9),
@@ -77,7 +78,7 @@ def device_here() -> str:
         return "cpu"
     done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False)
     words = done.stdout.lower().replace("-", " ").split()
-    return next((name for name in _GPUS if name in words), "cpu")
+    return next((name for name in sorted(_GPUS, key=len, reverse=True) if set(name.split("-")) <= set(words)), "cpu")
 
 
 def _cpu() -> Device:

@@ -50,7 +50,7 @@ def memory_of(cfg: RunConfig, ranks: int, device: str) -> Memory:
     gradients = whole if stage < 2 else share
     kept, logits = kept_bytes(cfg, device), logits_bytes(cfg)
     head = 6 * model.vocab_size * model.d_model if engine.precision == "bf16" else 4 * model.vocab_size * model.d_model
-    moments_of_a_step = (
+    fullest = (
         logits + max(_loss_slices(cfg, tokens, device), head) + _cached_copies(cfg),
         _block_workspace(model, engine, tokens, device) + _reduction(cfg, ranks, share, device),
         (share + 8 * model.vocab_size * model.d_model if stage else 0) - (kept - logits),  # AdamW, and its norm in fp64, when all else is gone
@@ -66,7 +66,7 @@ def memory_of(cfg: RunConfig, ranks: int, device: str) -> Memory:
         moments=moments,
         activations=kept - logits,
         logits=logits,
-        buffers=held + max(moments_of_a_step) - logits,
+        buffers=held + max(fullest) - logits,
         host=host,
     )
 

@@ -16,6 +16,7 @@ BACKWARD = 2 / 3  # of a micro-batch
 OPTIMIZER_BYTES, ZERO_OPTIMIZER_BYTES = 30, 56  # read and written for each parameter, by fused AdamW alone and with DeepSpeed's copies and norm
 HOST_ADAM_BYTES_PER_S, PCIE_BYTES_PER_S = 40e9, 20e9  # offload; assumed
 HOOK_S = 0.15e-3  # DeepSpeed's hooks: host time for each parameter tensor in a backward pass
+LAUNCH_S = 0.1e-3  # host time to launch what belongs to one parameter tensor, forward and backward; assumed. Small models go no faster
 # Ranks wait for the slowest. A fit to MosaicML's rows of 1.3B on H100 at one micro-batch a step: seconds for each doubling beyond one machine
 # of 8, and for each beyond 256. What those runs did not hide of their own traffic is in it.
 JITTER_S, JITTER_S_BEYOND_256 = 0.017, 0.039
@@ -100,11 +101,11 @@ def optimizer_seconds(stage: int, params: int, cluster: Cluster, offload: bool =
 def step_time(
     stage: int, params: int, flops: float, accumulation: int, mfu: float, cluster: Cluster, *, tensors: int = 0, offload: bool = False, **bytes_of
 ) -> StepTime:
-    """`flops`: of one micro-batch on one rank. `tensors`: parameters whose hooks run in each backward pass under DeepSpeed."""
+    """`flops`: of one micro-batch on one rank. `tensors`: of parameters, each of which costs the host time."""
     on_gpu = cluster.device.kind == "cuda"
     micro_s = flops / (cluster.device.flops * mfu)
-    if stage and on_gpu:
-        micro_s = max(micro_s, HOOK_S * tensors / BACKWARD)
+    if on_gpu:
+        micro_s = max(micro_s, tensors * (HOOK_S / BACKWARD if stage else LAUNCH_S))
     overlap = stage == 0 or on_gpu
     exposed, travelling = exposed_seconds(stage, params, accumulation, micro_s, cluster, overlap=overlap, **bytes_of)
     jitter = jitter_seconds(cluster) if on_gpu else 0.0

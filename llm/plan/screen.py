@@ -47,7 +47,7 @@ def run_lines(c: Candidate, work: Work, disk: Disk, hours_a_day: float | None, p
     ranks = c.cluster.ranks
     stage, again, offload = c.kind
     flags = f"engine.zero_stage={stage} train.batch_size={c.plan.micro_rows} engine.activation_checkpointing={str(again).lower()}"
-    text = f"{span(hours)} for {work.steps:,} steps of {c.plan.tokens:,} tokens, {work.tokens / 1e9:,.3g}G in all"
+    text = f"{span(hours)} for {work.steps:,} steps of {c.plan.tokens:,} tokens, {_amount(work.tokens)} in all"
     passes = f", {work.passes:.2f} passes over the data" if work.passes else ""
     cost = f", {hours * ranks * price:,.2f} at {price:g} an hour" if price else ""
     lines = [
@@ -55,7 +55,7 @@ def run_lines(c: Candidate, work: Work, disk: Disk, hours_a_day: float | None, p
         f"time: {text}{passes}",
     ]
     if c.cluster.device.kind == "cuda" or price:
-        lines.append(f"GPU hours: {hours * ranks:,.1f}{cost}")
+        lines.append(f"GPU hours: {hours * ranks:,.2f}{cost}")
     if hours_a_day:
         lines.append(f"sittings: {max(1, -(-hours // hours_a_day)):.0f} of {hours_a_day:g} hours a day (--minutes-today {60 * hours_a_day:.0f})")
     lines.append(f"disk: {_size(disk.total)}: {disk.count} checkpoints of {_size(disk.checkpoint)} at most, {_size(disk.dataset)} of token shards")
@@ -113,6 +113,13 @@ def span(hours: float) -> str:
     if hours < 1:
         return f"{60 * hours:.1f} minutes"
     return f"{hours:,.1f} hours" if hours < 48 else f"{hours / 24:,.1f} days"
+
+
+def _amount(tokens: int) -> str:
+    for unit, factor in (("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if tokens >= factor:
+            return f"{tokens / factor:.4g}{unit}"
+    return f"{tokens}"
 
 
 def _size(n_bytes: float) -> str:

@@ -79,7 +79,7 @@ def test_what_does_not_fit_is_told_with_what_would(tmp_path):
 
 
 MISTAKES = {
-    "a GPU that nobody knows": (["--model", "toy", "--gpu", "h1000"], "a100, h100, h200"),
+    "a GPU that nobody knows": (["--model", "toy", "--gpu", "h1000"], "a100, a100-40gb, h100, h200"),
     "a number of GPUs that the batch cannot be cut for": (["--model", "gpt-1b", "--gpus", "3", "--gpu", "h100"], "256"),
     "no config": ([], "No config given"),
     "an MFU of nothing": (["--model", "toy", "--mfu", "0"], "--mfu is 0"),
