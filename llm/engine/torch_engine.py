@@ -37,8 +37,15 @@ class TorchEngine:
                 (loss * (self.world.size / n_targets)).backward()  # DDP averages over ranks; the global mean needs their sum
             rank_losses.append(loss.detach())
         update = self._update(rank_losses, n_targets, lr, accept)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.drop_gradients()
         return update
+
+    def drop_gradients(self) -> bool:
+        self.optimizer.zero_grad(set_to_none=True)
+        return True
+
+    def try_out(self, batch: Batch) -> None:
+        torch.autograd.grad(self._loss(self.model, batch), list(self.model.parameters()))  # and not backward, which would have DDP reduce
 
     def _update(self, rank_losses: list[torch.Tensor], n_targets: int, lr: float, accept: Callable[[float], bool]) -> Update:
         """Move the weights, unless the loss is refused or a gradient is not finite on any rank.
@@ -66,6 +73,9 @@ class TorchEngine:
         loss = self._loss(self.model, batch).item()
         self.model.train()
         return loss, count_targets(batch)
+
+    def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, p.detach()) for name, p in self.model.named_parameters())
 
     def local_slices(self) -> Iterator[Slice]:
         for name, kind, whole in self._tensors():

@@ -17,6 +17,7 @@ from llm.log import UserError, log
 from llm.train.budget import Sitting, horizon
 from llm.train.exits import NeedsAPerson
 from llm.train.faults import StopFlag
+from llm.train.fit import train_step
 from llm.train.guard import Recent, SpikeGuard, refused_in_a_row
 from llm.train.metrics import Metrics
 from llm.train.schedule import lr_at
@@ -66,6 +67,7 @@ def train_phase(
     stop: StopFlag,
     metrics: Metrics,
     validate: Callable[[], dict[str, float]] | None,
+    measure: Callable[[], dict[str, float]] | None,
     keeper: "Keeper",
     watchdog: Watchdog,
 ) -> str:
@@ -75,7 +77,8 @@ def train_phase(
     """
     phase = at.ledger.open_phase
     over = horizon(cfg, phase, plan.global_rows, at.step)
-    save_every, eval_every = (interval_steps(i, over.length) for i in (cfg.checkpoint.save_every, cfg.train.eval_every))
+    intervals = cfg.checkpoint.save_every, cfg.train.eval_every, cfg.eval.every
+    save_every, eval_every, tasks_every = (interval_steps(interval, over.length) for interval in intervals)
     saved_step, failed_saves, why = at.step, 0, None
     refused = refused_in_a_row([s.step for s in phase.skipped if s.reason != NO_TARGETS], at.step)
     if not phase.consumed:
@@ -91,6 +94,7 @@ def train_phase(
             step = watchdog.during("saving", part)()
             if step is not None:
                 saved_step, failed_saves = step, 0
+                metrics.seen(step, keeper.view)
         except Fenced as error:
             raise NeedsAPerson(f"The {error}. The last one is of step {saved_step:,}.") from None
         except SaveFailed as error:
@@ -109,7 +113,8 @@ def train_phase(
 
     while True:
         watchdog.step_boundary(at.step)
-        started_at = time.perf_counter()
+        metrics.profiler.before(at.step + 1)
+        started_at, saved_for_s = time.perf_counter(), sitting.saving_s
         drawn, problem = at.ledger.open_phase.consumed, None
         try:
             batches = stream.step(drawn)
@@ -127,7 +132,8 @@ def train_phase(
             break
 
         if n_targets:
-            update = engine.train_step(batches, n_targets, lr_at(cfg.train, over, at.step), lambda loss: guard.why_not(loss) is None)
+            rate = lr_at(cfg.train, over, at.step)
+            update = train_step(engine, stream, world, drawn, batches, n_targets, rate, lambda loss: guard.why_not(loss) is None)
             why = None if update.applied else guard.why_not(update.loss) or "a gradient was not finite on some rank (limit: any finite number)"
             refused = refused + 1 if why else 0
         else:  # a step of somebody's questions alone, where rows are few and short
@@ -144,12 +150,13 @@ def train_phase(
         at.step, at.updates = at.step + 1, at.updates + update.applied
         at.tokens_seen += n_targets * update.applied
         sitting.count_step(n_targets * update.applied)
-        seconds = time.perf_counter() - started_at
+        seconds = time.perf_counter() - started_at - (sitting.saving_s - saved_for_s)
+        metrics.profiler.after(at.step)
         stragglers.add(engine.forward_clock.take(), data_wait_s, seconds)
         if update.applied:
             lr = lr_at(cfg.train, over, at.step - 1)
             metrics.step(
-                at.step, loss=update.loss, lr=lr, grad_norm=update.grad_norm, tokens=n_targets, seconds=seconds, data_wait_s=data_wait_s
+                at.step, at.ledger, loss=update.loss, lr=lr, grad_norm=update.grad_norm, tokens=n_targets, seconds=seconds, data_wait_s=data_wait_s
             )
             at.metrics["train_loss"] = update.loss
             if odd := guard.applied(update.loss, update.grad_norm):
@@ -160,10 +167,10 @@ def train_phase(
         collect_garbage(at.step)
         at.epoch_end = phase.passes(drawn + rows) > phase.passes(drawn)
         done = at.ledger.open_phase is None or at.step == over.end
+        if measure and ((tasks_every and at.step % tasks_every == 0) or done):
+            metrics.tasks(at.step, sitting.validation(measure))
         if validate and ((eval_every and at.step % eval_every == 0) or done):
-            validation_began = time.monotonic()
-            result = validate()
-            sitting.validating_s += time.monotonic() - validation_began
+            result = sitting.validation(validate)
             metrics.validation(at.step, result)
             at.metrics["val_loss"], at.metrics["val_step"] = result["loss"], float(at.step)
         elif at.metrics.get("val_step") != at.step:
