@@ -2,7 +2,7 @@
 
   python benchmarks/step.py --config configs/toy.yaml
   python benchmarks/step.py --config configs/gpt-1b.yaml --device cuda --out build/step.json train.batch_size=16
-  python benchmarks/step.py --config configs/toy.yaml --against hf,litgpt,fsdp2 --zero 1,2,3 --only eager
+  python benchmarks/step.py --config configs/toy.yaml --against hf,litgpt,fsdp2 --only eager
 
 A minimal nanoGPT-style loop is always among them; the others are Hugging Face's and litgpt's models in the same loop, and that loop's
 model under FSDP2. Those that are not installed are left out.
@@ -35,6 +35,7 @@ from llm.model.flops import count_params, flops_per_token, peak_flops
 from llm.model.init import build_model
 
 TOKENIZER_VOCAB = 4100  # the quick start's, where the config leaves it to the tokenizer
+ALONE = World()
 MALLOC = ("LD_PRELOAD", "MALLOC_MMAP_MAX_", "MALLOC_TRIM_THRESHOLD_", "MALLOC_TOP_PAD_", "OMP_NUM_THREADS")
 
 
@@ -45,7 +46,7 @@ def main() -> None:
     torch.set_flush_denormal(True)
     if args.keep_memory and args.device == "cpu":
         keep_freed_memory()  # for all contenders
-    contenders = build_contenders(cfg, args.device, args.only, others(args.against), args.zero)
+    contenders = build_contenders(cfg, args.device, args.only, others(args.against))
     plan = batch_plan(cfg, 1)
     size = f"{count_params(cfg.model):,} parameters"
     log.info(f"{cfg.model.model_name}: {size}, {cfg.engine.precision}, {plan}, {torch.get_num_threads()} threads")
@@ -55,6 +56,7 @@ def main() -> None:
     report = {
         "model": cfg.model.model_dump(), "precision": cfg.engine.precision, "tokens_per_step": plan.tokens, "micro_rows": plan.micro_rows,
         "first_losses": first_losses, "rounds_tokens_per_second": rounds, "summary": summarise(rounds, cfg, args.device),
+        "best": best(rounds),
         "machine": machine(["torch", "numpy"]) | setting(args.device, args.keep_memory),
     }  # fmt: skip
     print_table(report)
@@ -70,12 +72,11 @@ def arguments() -> argparse.Namespace:
     parser.add_argument("--warm-up", type=int, default=3, help="steps of each before the first turn (%(default)s)")
     parser.add_argument("--only", choices=("eager", "compiled"), help="leave the other pair out")
     parser.add_argument("--against", type=lambda text: text.split(","), default=[], metavar="NAMES", help=f"more contenders: {','.join(NEEDS)}")
-    parser.add_argument("--zero", type=lambda text: text.split(","), default=[], metavar="STAGES", help="ours under ZeRO too, for example 1,2,3")
     parser.add_argument("--cpu-time", action="store_true", help="tokens per second of CPU time: on a CPU that others use too, with one thread")
     parser.add_argument("--no-keep-memory", dest="keep_memory", action="store_false", help="CPU: give freed memory back, as glibc does by itself")
     parser.add_argument("--out", type=Path, metavar="FILE", help="write everything as JSON")
     args = parser.parse_args()
-    if unknown := [name for name in args.against if name not in NEEDS] + [stage for stage in args.zero if stage not in ("1", "2", "3")]:
+    if unknown := [name for name in args.against if name not in NEEDS]:
         parser.error(f"there is no contender {unknown[0]}")
     return args
 
@@ -87,7 +88,7 @@ def changed(cfg: RunConfig, **sections: dict) -> RunConfig:
     return check_config(tree, "benchmark")
 
 
-def build_contenders(cfg: RunConfig, device: str, only: str | None, rest: dict[str, Callable], stages: list[str]) -> dict[str, Callable]:
+def build_contenders(cfg: RunConfig, device: str, only: str | None, rest: dict[str, Callable]) -> dict[str, Callable]:
     """Name -> a function that makes one optimizer step on a list of (tokens, targets) and returns its loss."""
     contenders = {}
     for mode in [only] if only else ["eager", "compiled"]:
@@ -97,28 +98,26 @@ def build_contenders(cfg: RunConfig, device: str, only: str | None, rest: dict[s
         contenders[f"nanogpt {mode}"] = loop.step
         for name, build in rest.items():
             contenders[f"{name} {mode}"] = build(cfg, device, mode == "compiled")
-        engine = {"compile": mode == "compiled"}
-        contenders[f"tally {mode}"] = tally_step(changed(cfg, engine=engine), device)
-        for stage in stages:
-            contenders[f"tally-zero{stage} {mode}"] = tally_step(changed(cfg, engine=engine | {"zero_stage": int(stage)}), device)
+        contenders[f"tally {mode}"] = tally_step(changed(cfg, engine={"compile": mode == "compiled"}), World(device=device))
     return contenders
 
 
-def tally_step(cfg: RunConfig, device: str) -> Callable:
-    engine = build_engine(cfg, World(device=device), build_model(cfg.model, cfg.train.seed))
+def tally_step(cfg: RunConfig, world: World) -> Callable:
+    engine = build_engine(cfg, world, build_model(cfg.model, cfg.train.seed))
 
     def step(batches) -> float:
         micro_batches = [Batch(x, y, None, None) for x, y in batches]
-        update = engine.train_step(micro_batches, sum(y.numel() for _, y in batches), cfg.train.lr, math.isfinite)
+        n_targets = world.size * sum(y.numel() for _, y in batches)
+        update = engine.train_step(micro_batches, n_targets, cfg.train.lr, math.isfinite)
         assert update.applied
         return update.loss
 
     return step
 
 
-def draw(cfg: RunConfig, seed: int) -> list[tuple[torch.Tensor, torch.Tensor]]:
-    """The micro-batches of one step: random ids and the ids after them."""
-    plan, generator = batch_plan(cfg, 1), torch.Generator().manual_seed(seed)
+def draw(cfg: RunConfig, seed: int, world: World = ALONE) -> list[tuple[torch.Tensor, torch.Tensor]]:
+    """This rank's micro-batches of one step: random ids and the ids after them."""
+    plan, generator = batch_plan(cfg, world.size), torch.Generator().manual_seed(seed * world.size + world.rank)
     shape = (plan.accumulation, plan.micro_rows, plan.seq_len + 1)
     ids = torch.randint(0, cfg.model.vocab_size, shape, generator=generator)
     return [(rows[:, :-1].contiguous(), rows[:, 1:].contiguous()) for rows in ids]
@@ -166,6 +165,14 @@ def summarise(rounds: list[dict[str, float]], cfg: RunConfig, device: str) -> di
     return summary
 
 
+def best(rounds: list[dict[str, float]]) -> dict:
+    """Ours in its better form by the fastest of the others, each in its own better form."""
+    median = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
+    ours, theirs = (max((n for n in median if n.startswith("tally ") == is_ours), key=median.get) for is_ours in (True, False))
+    ratios = [r[ours] / r[theirs] for r in rounds]
+    return {"ours": ours, "fastest_other": theirs, "ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
+
+
 def setting(device: str, keeps_memory: bool) -> dict:
     """What else the speed of a step depends on."""
     return {
@@ -180,6 +187,8 @@ def print_table(report: dict) -> None:
         speeds = " ".join(f"{s[key]:10,.0f}" for key in ("tokens_per_second", "slowest", "fastest"))
         mfu = f"   MFU {s['mfu']:.1%}" if s["mfu"] else ""
         print(f"{name:20} {speeds}   {s['ratio']:.3f} ({s['ratio_low']:.3f} to {s['ratio_high']:.3f}){mfu}")
+    b = report["best"]
+    print(f"{b['ours']} by {b['fastest_other']}, the fastest of the others: {b['ratio']:.3f} ({b['ratio_low']:.3f} to {b['ratio_high']:.3f})")
 
 
 if __name__ == "__main__":

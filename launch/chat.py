@@ -4,7 +4,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from llm import cli
-from llm.log import UserError, log
+from llm.log import UserError, log, result
 
 
 def main() -> None:
@@ -75,7 +75,7 @@ def serve(args, load, sampling) -> None:
         raise UserError(f"--host {args.host} --port {args.port}: cannot be listened at ({error}). Try another --host or --port.") from None
     if not server.is_loopback:
         log.warning(f"everybody who reaches {args.host} can use this model, and nothing is encrypted. 127.0.0.1 is for this machine only.")
-    log.info(f"{'page ' if args.web else ''}at {server.url}/ and API at {server.url}/v1, until Ctrl-C")
+    result(f"{'page ' if args.web else ''}at {server.url}/ and API at {server.url}/v1, until Ctrl-C")
     try:
         server.serve_forever()
     except KeyboardInterrupt:

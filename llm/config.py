@@ -24,7 +24,9 @@ from pydantic import (
 
 from llm.log import UserError
 
+AUTO_TOKENS = 65_536  # batch_size: auto looks at no larger micro-batches: they gain nothing more
 VOCAB_MULTIPLE = 128  # padded vocabularies keep the head's matmul on aligned tiles
+MAX_PROFILED = 100  # steps
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -47,6 +49,19 @@ def _interval(value: Any) -> int | str:
 
 
 Interval = Annotated[int | str, BeforeValidator(_interval)]
+
+
+def _step_range(value: Any) -> Any:
+    """Check the first and the last step of what is profiled."""
+    steps = list(value) if isinstance(value, list | tuple) else []
+    if len(steps) != 2 or not all(type(step) is int for step in steps) or not 1 <= steps[0] <= steps[1] < steps[0] + MAX_PROFILED:
+        raise ValueError(
+            f"give the first and the last step, such as [10, 15], at most {MAX_PROFILED} in all: a trace has thousands of lines for each"
+        )
+    return value
+
+
+StepRange = Annotated[tuple[int, int], BeforeValidator(_step_range)]
 
 
 def interval_steps(interval: Interval, phase_steps: int) -> int:
@@ -202,8 +217,8 @@ class DataConfig(Section):
 class TrainConfig(Section):
     lr: PositiveFloat
     """Peak learning rate."""
-    batch_size: PositiveInt
-    """Rows per rank and micro-batch."""
+    batch_size: PositiveInt | Literal["auto"]
+    """Rows per rank and micro-batch. auto: as many as fit into memory, tried out at the start; the global batch is then batch_tokens."""
     grad_accum: PositiveInt | None = None
     batch_tokens: PositiveInt | None = None
     """Global batch in tokens; accumulation then follows from the number of ranks, and the run's numbers do not depend on it."""
@@ -306,6 +321,18 @@ class LogConfig(Section):
     """Logs, metrics and TensorBoard files; None: the run's folder, under logs."""
     log_every: PositiveInt = 10
     tensorboard: bool = True
+    sample_prompts: list[str] = []
+    """Written on at each validation, to see how the texts get better."""
+    sample_tokens: PositiveInt = 64
+    profile: StepRange | None = None
+    """First and last step of the run to profile on rank 0: a trace for chrome://tracing or Perfetto, and the ten costliest operations."""
+
+    @field_validator("sample_prompts")
+    @classmethod
+    def _prompts_say_something(cls, given: list[str]) -> list[str]:
+        if "" in given:
+            raise ValueError("a prompt is empty; give each at least one character to write on from")
+        return given
 
 
 class RunConfig(Section):
@@ -344,6 +371,14 @@ class BatchPlan(Section):
     def tokens(self) -> int:
         return self.global_rows * self.seq_len
 
+    @property
+    def rank_rows(self) -> int:
+        return self.global_rows // self.ranks
+
+    def with_rows(self, micro_rows: int) -> "BatchPlan":
+        """The same global batch in other micro-batches."""
+        return self.model_copy(update={"micro_rows": micro_rows, "accumulation": self.rank_rows // micro_rows})
+
     def __str__(self) -> str:
         return (
             f"{self.global_rows} rows = {self.micro_rows} per micro-batch x {self.ranks} ranks x {self.accumulation} accumulated, "
@@ -359,6 +394,8 @@ def batch_plan(cfg: RunConfig, ranks: int, run_rows: int | None = None) -> Batch
         rows, reason = train.batch_tokens // seq_len, f"train.batch_tokens {train.batch_tokens:,}"
         if train.batch_tokens % seq_len:
             raise ConfigError(f"train.batch_tokens {train.batch_tokens:,} is not a multiple of model.seq_len {seq_len:,}.")
+    if train.batch_size == "auto":
+        return _largest_cut(rows, ranks, seq_len)
     if rows is None:
         rows, reason = train.batch_size * ranks * (train.grad_accum or 1), "batch_size x ranks x grad_accum"
     if rows % (train.batch_size * ranks):
@@ -370,6 +407,15 @@ def batch_plan(cfg: RunConfig, ranks: int, run_rows: int | None = None) -> Batch
         )
     accumulation = rows // (train.batch_size * ranks)
     return BatchPlan(global_rows=rows, micro_rows=train.batch_size, ranks=ranks, accumulation=accumulation, seq_len=seq_len)
+
+
+def _largest_cut(rows: int | None, ranks: int, seq_len: int) -> BatchPlan:
+    """Micro-batches of as many rows as are ever worth it."""
+    if rows is None or rows % ranks:
+        raise ConfigError(f"train.batch_size: auto needs train.batch_tokens, in rows of {seq_len:,} tokens that divide among {ranks} ranks.")
+    most = max(1, AUTO_TOKENS // seq_len)
+    micro_rows = next(n for n in range(min(most, rows // ranks), 0, -1) if rows // ranks % n == 0)
+    return BatchPlan(global_rows=rows, micro_rows=micro_rows, ranks=ranks, accumulation=rows // ranks // micro_rows, seq_len=seq_len)
 
 
 # ---------------------------------------------------------------- loading
@@ -397,20 +443,26 @@ def check_config(tree: dict, where: str) -> RunConfig:
     raise ConfigError(f"{where} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-def config_folder() -> Path:
-    """Where the recipes are: ./configs, else the checkout that this package was installed from."""
-    here = Path("configs")
-    return here if here.is_dir() else Path(__file__).resolve().parent.parent / "configs"
+def shipped(name: str) -> Path:
+    """A folder that comes with the program, such as ds_configs: in the package where a wheel was installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    return package / name if (package / name).is_dir() else package.parent / name
+
+
+def config_folders() -> list[Path]:
+    """Where recipes are looked for: ./configs, then those that come with the program."""
+    return [folder for folder in (Path("configs"), shipped("configs")) if folder.is_dir()]
 
 
 def find_preset(name: str) -> Path:
     """The recipe that `--model NAME` means."""
-    folder = config_folder()
-    for suffix in (".yaml", ".yml", ".json"):
-        if (folder / f"{name}{suffix}").is_file():
-            return folder / f"{name}{suffix}"
-    known = sorted(p.stem for p in folder.glob("*.yaml"))
-    raise ConfigError(f"There is no config called '{name}' in {folder}.{_did_you_mean(name, known)} There are: {', '.join(known)}.")
+    folders = config_folders()
+    for path in (folder / f"{name}{suffix}" for folder in folders for suffix in (".yaml", ".yml", ".json")):
+        if path.is_file():
+            return path
+    known = sorted({p.stem for folder in folders for p in folder.glob("*.yaml")})
+    where = " or ".join(map(str, folders))
+    raise ConfigError(f"There is no config called '{name}' in {where}.{_did_you_mean(name, known)} There are: {', '.join(known)}.")
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -434,7 +486,7 @@ def read_mapping(path: Path) -> dict:
         with open(path, encoding="utf-8") as file:
             tree = yaml.load(file, _StrictLoader)  # JSON is YAML as well
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file. Recipes are in {config_folder()}.") from None
+        raise ConfigError(f"{path}: no such file. Recipes are in {config_folders()[-1]}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}).") from None
     except yaml.YAMLError as error:

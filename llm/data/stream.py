@@ -67,25 +67,26 @@ class Stream:
     """
 
     def __init__(self, sampler: Sampler, batch_rows: int, rank: int, world_size: int, rows: int):
-        self._sampler, self._batch_rows = sampler, batch_rows
-        self._place = (rank, world_size, rows)
+        self._sampler, self.batch_rows, self._rank, self._world_size = sampler, batch_rows, rank, world_size
+        self.rows = rows
+        """Of a micro-batch; another number cuts the steps that are asked for from then on."""
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="prefetch")
-        self._ready: tuple[int, Future] | None = None
+        self._ready: tuple[tuple[int, int], Future] | None = None
 
     def step(self, g: int) -> list[Batch]:
         """This rank's micro-batches of the step that begins at draw g."""
-        ready_g, future = self._ready or (None, None)
+        ready, future = self._ready or (None, None)
         self._ready = None
-        batches = future.result() if ready_g == g else self._make(g)
-        following = g + self._batch_rows
-        self._ready = (following, self._thread.submit(self._make, following)) if following < self._sampler.phase.total else None
+        batches = future.result() if ready == (g, self.rows) else self._make(g, self.rows)
+        following = (g + self.batch_rows, self.rows)
+        self._ready = (following, self._thread.submit(self._make, *following)) if following[0] < self._sampler.phase.total else None
         return batches
 
     def close(self) -> None:
         self._thread.shutdown(wait=True, cancel_futures=True)
 
-    def _make(self, g: int) -> list[Batch]:
-        return micro_batches(self._sampler, g, self._batch_rows, *self._place)
+    def _make(self, g: int, rows: int) -> list[Batch]:
+        return micro_batches(self._sampler, g, self.batch_rows, self._rank, self._world_size, rows)
 
 
 def eval_batches(

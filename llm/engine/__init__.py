@@ -18,6 +18,9 @@ def build_engine(cfg: RunConfig, world: World, model: nn.Module) -> Engine:
 
         return TorchEngine(cfg, world, model)
     from llm.engine.deepspeed_engine import DeepSpeedEngine, check_deepspeed
+    from llm.engine.ds_traps import warn_of_traps
 
+    if cfg.engine.ds_config:
+        warn_of_traps(cfg, world, sum(p.numel() for p in model.parameters()))
     check_deepspeed(cfg, world)
     return DeepSpeedEngine(cfg, world, model)

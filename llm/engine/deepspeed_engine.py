@@ -22,7 +22,7 @@ from llm.data.stream import Batch
 from llm.dist import World
 from llm.engine.ds_config import ds_config_path, load_ds_config
 from llm.engine.optimizer import adam_step, build_adamw, create_moments, set_adam_step, set_lr
-from llm.engine.protocol import EngineError, ForwardClock, Reader, Update, count_targets, global_sums, model_inputs, named_shapes
+from llm.engine.protocol import EngineError, ForwardClock, Reader, Update, autocast, count_targets, global_sums, model_inputs, named_shapes
 
 TESTED = "0.19"
 
@@ -30,6 +30,7 @@ TESTED = "0.19"
 class DeepSpeedEngine:
     def __init__(self, cfg: RunConfig, world: World, model: nn.Module):
         self.world, self.stage, self.offload = world, cfg.engine.zero_stage, cfg.engine.offload
+        self.precision = cfg.engine.precision
         self.params = named_shapes(model)
         self.named = list(model.named_parameters())
         self.adamw = build_adamw(model, cfg.train)
@@ -64,6 +65,14 @@ class DeepSpeedEngine:
             self.zero.norm_for_param_grads = dict.fromkeys(self.zero.norm_for_param_grads, torch.tensor(math.nan))
         else:
             self.zero.averaged_gradients[0][0].fill_(math.nan)
+
+    def drop_gradients(self) -> bool:
+        return False  # they lie in buckets that a failed backward leaves in the middle of something
+
+    def try_out(self, batch: Batch) -> None:
+        with autocast(self.precision, self.world.device):  # past DeepSpeed, which would count this among its steps
+            loss = self.engine.module(**model_inputs(batch, self.world.device))
+        torch.autograd.grad(loss, [p for _, p in self.named])  # and not backward, whose hooks would reduce
 
     def _loss(self, batch: Batch) -> torch.Tensor:
         return self.engine(**model_inputs(batch, self.world.device))

@@ -76,6 +76,12 @@ class Engine(Protocol):
         loss; when it says no, or a gradient is not finite anywhere, the gradients are dropped and nothing else has changed.
         """
 
+    def try_out(self, batch: Batch) -> None:
+        """Take a batch through the model and back, for the memory that it needs; nothing is kept of it. No rank waits for another, but in ZeRO-3."""
+
+    def drop_gradients(self) -> bool:
+        """After a `train_step` that raised: forget what it had come to. False if that cannot be, as in DeepSpeed."""
+
     def evaluate(self, batch: Batch) -> tuple[float, int]:
         """This rank's (summed loss, counted targets). Under ZeRO-3 collective: as many calls on every rank."""
 

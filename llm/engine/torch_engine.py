@@ -37,8 +37,15 @@ class TorchEngine:
                 (loss * (self.world.size / n_targets)).backward()  # DDP averages over ranks; the global mean needs their sum
             rank_losses.append(loss.detach())
         update = self._update(rank_losses, n_targets, lr, accept)
-        self.optimizer.zero_grad(set_to_none=True)
+        self.drop_gradients()
         return update
+
+    def drop_gradients(self) -> bool:
+        self.optimizer.zero_grad(set_to_none=True)
+        return True
+
+    def try_out(self, batch: Batch) -> None:
+        torch.autograd.grad(self._loss(self.model, batch), list(self.model.parameters()))  # and not backward, which would have DDP reduce
 
     def _update(self, rank_losses: list[torch.Tensor], n_targets: int, lr: float, accept: Callable[[float], bool]) -> Update:
         """Move the weights, unless the loss is refused or a gradient is not finite on any rank.

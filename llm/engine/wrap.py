@@ -7,6 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from llm.config import EngineConfig
+from llm.model.loss import take_loss_
 
 
 def wrap_model(model: nn.Module, cfg: EngineConfig, world_size: int) -> None:
@@ -14,17 +15,14 @@ def wrap_model(model: nn.Module, cfg: EngineConfig, world_size: int) -> None:
     if cfg.activation_checkpointing:
         for block in model.blocks:
             block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
-    if cfg.compile and world_size == 1 and cfg.zero_stage == 0:
-        model.forward = torch.compile(model.forward, fullgraph=True, dynamic=False)  # nobody waits for gradients: one graph is fastest
-    elif cfg.compile:
-        _compile_parts(model)
-
-
-def _compile_parts(model: nn.Module) -> None:
-    """Blocks one by one: equal blocks share one compiled artifact, and each block's gradients appear when its own backward ends, so that
-    reducing them overlaps with the rest. The loss holds no weights, so no engine hooks into it.
-    """
+    if not cfg.compile:
+        return
+    model.head.take_loss = torch.compile(take_loss_, fullgraph=True, dynamic=False)
+    if world_size == 1 and cfg.zero_stage == 0:
+        model.hidden = torch.compile(model.hidden, fullgraph=True, dynamic=False)  # nobody waits for gradients: one graph is fastest
+        return
+    # equal blocks share one compiled artifact, and each block's gradients appear when its own backward ends, so that reducing them
+    # overlaps with the rest
     for block in model.blocks:
         # forward and not the module, so that ZeRO-3's hooks on a block stay outside of its graph
         block.forward = torch.compile(block.forward, fullgraph=True, dynamic=False)
-    model.loss = torch.compile(model.loss, fullgraph=True, dynamic=False)

@@ -136,7 +136,7 @@ def _log_probs(model: Transformer, hidden_ND: Tensor, targets_N: Tensor) -> tupl
     found, hits = [], []
     size = max(1, LOGITS // model.cfg.vocab_size)
     for hidden, targets in zip(hidden_ND.split(size), targets_N.split(size), strict=True):
-        log_probs_NV = model.logits(hidden).log_softmax(dim=-1, dtype=torch.float32)
+        log_probs_NV = model.head(hidden).log_softmax(dim=-1, dtype=torch.float32)
         found += log_probs_NV.gather(1, targets[:, None])[:, 0].tolist()
         hits += (log_probs_NV.argmax(dim=-1) == targets).tolist()
     return found, hits

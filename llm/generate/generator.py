@@ -51,7 +51,7 @@ def generate_rows(
             cache.length, start = 0, stop - max(1, seq_len // 2)
         hidden_BTD = model.hidden(torch.tensor([row[start:stop] for row in rows], device=model.device), cache)
         if due := [r for r in unfinished if len(rows[r]) == stop]:  # the prompts of others go on
-            logits_BV = model.logits(hidden_BTD[due, -1])[:, : tokenizer.vocab_size]  # columns that only pad the vocabulary never win
+            logits_BV = model.head(hidden_BTD[due, -1])[:, : tokenizer.vocab_size]  # columns that only pad the vocabulary never win
             picked = pick_rows(logits_BV, sampling, [generators[r] for r in due], [rows[r] for r in due])
             for r, token in zip(due, picked, strict=True):
                 rows[r].append(token)

@@ -1,63 +1,114 @@
-"""Cross-entropy in fp32 from logits of any dtype, without an fp32 copy of the logits.
+"""The head and its cross-entropy in one, some rows at a time: logits of all rows never exist.
 
-At V 32k the logits are the largest tensor of a step. They are read in slices, and the backward pass writes their gradient over them:
-nothing else ever reads them again.
+At V 32k they would be the largest tensor of a step by far. Of a chunk of rows the logits are made, read for the loss in slices that stay
+in the cache, and written over by their own gradient, which goes on into the gradients of hidden states and weight at once: so the forward
+pass does all the work, each exponential is taken once, and the backward pass only scales.
 """
 # B rows in a batch · T tokens in a row · S keys attended to (T, or the cache length) · D model width · H query heads
 # G kv heads · K width of one head · F MLP width · V vocabulary, padded
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
+from llm.config import ModelConfig
+from llm.model.layers import Linear
+from llm.model.products import linear, times_transposed, weight_gradient
+
 IGNORE = -100  # a target that is not counted
-CPU_SLICE, GPU_SLICE = 1 << 20, 1 << 26  # elements: 4 MB of fp32 stay in a CPU's cache; a GPU wants few launches and has the memory
+CPU_CHUNK, GPU_CHUNK = 1 << 25, 1 << 28  # logits at once: a thousand rows of 32k make good products, and few sums of weight gradients
+CPU_SLICE, GPU_SLICE = 1 << 19, 1 << 26  # logits read at once: 2 MB in fp32 stay in a CPU's cache; a GPU wants few launches
 
 
-def cross_entropy_sum(logits_NV: Tensor, targets_N: Tensor, z_loss: float = 0.0) -> Tensor:
-    """Sum over the targets that are not -100, an fp32 scalar. Takes the logits over: backward leaves their gradient in their place.
+class Head(Linear):
+    """Hidden states in, logits or, with targets, the summed loss out. A module's call, because ZeRO-3 gathers the weight around it."""
 
-    With z_loss, so much of the square of ln Z is added for each of them, Z the softmax's denominator; PaLM, arXiv 2204.02311, section 5.
-    """
-    if not torch.compiler.is_compiling():
-        return _CrossEntropySum.apply(logits_NV, targets_N, z_loss)
-    logits = logits_NV.float()  # compiled, the plain form is fastest: the conversion is fused, and no fp32 copy is made either
-    total = F.cross_entropy(logits, targets_N, ignore_index=IGNORE, reduction="sum")
-    return total + z_loss * (_log_z(logits).square() * (targets_N != IGNORE)).sum() if z_loss else total
+    def __init__(self, cfg: ModelConfig):
+        super().__init__(cfg.d_model, cfg.vocab_size, bias=cfg.head_bias)
+        self.softcap = cfg.logit_softcap
+        self.take_loss = take_loss_in_slices_  # or take_loss_ compiled, which needs no slices
+
+    def forward(self, x: Tensor, targets_BT: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
+        """Logits along the last axis of x; or the fp32 sum of cross-entropy over the targets that are not -100.
+
+        With z_loss, so much of the square of ln Z is added for each of them, Z the softmax's denominator; PaLM, arXiv 2204.02311, section 5.
+        """
+        if targets_BT is None:
+            return capped(super().forward(x), self.softcap)
+        return _HeadLoss.apply(x.flatten(0, -2), self.weight, self.bias, targets_BT.flatten(), self, z_loss, torch.is_grad_enabled())
 
 
-class _CrossEntropySum(torch.autograd.Function):
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Held between -softcap and softcap; Gemma 2, arXiv 2408.00118, section 2."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
+
+
+class _HeadLoss(torch.autograd.Function):
     @staticmethod
-    def forward(ctx, logits_NV: Tensor, targets_N: Tensor, z_loss: float) -> Tensor:
-        ctx.save_for_backward(logits_NV, targets_N)
-        ctx.z_loss = z_loss
-        total = torch.zeros((), dtype=torch.float32, device=logits_NV.device)
-        for logits, targets in _slices(logits_NV, targets_N):
-            log_probs = torch.log_softmax(logits, dim=-1, dtype=torch.float32)
-            losses = -log_probs.gather(1, targets.clamp(min=0)[:, None])[:, 0]
-            if z_loss:
-                losses += z_loss * _log_z(logits).square()
-            total += losses.masked_fill(targets == IGNORE, 0.0).sum()
+    def forward(ctx, x_ND: Tensor, weight_VD: Tensor, bias_V: Tensor | None, targets_N: Tensor, head: Head, z_loss: float, learns: bool):
+        device = x_ND.device.type
+        dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_ND.dtype
+        weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
+        total = torch.zeros((), device=x_ND.device)
+        x_grads, weight_grad, bias_grad = [], None, None
+        n_chunks = -(-len(x_ND) * len(weight) // (CPU_CHUNK if device == "cpu" else GPU_CHUNK))
+        with torch.autocast(device, enabled=False):
+            for rows, targets in zip(x_ND.chunk(n_chunks), targets_N.chunk(n_chunks), strict=True):
+                x = rows.to(dtype)
+                logits = linear(x, weight, bias)
+                total += head.take_loss(logits, targets, z_loss, head.softcap, learns)
+                if learns:
+                    x_grads.append(times_transposed(logits, weight.T))
+                    weight_grad = _plus(weight_grad, weight_gradient(logits, x))
+                    bias_grad = _plus(bias_grad, logits.float().sum(dim=0)) if bias_V is not None else None
+        ctx.grads = (torch.cat(x_grads).to(x_ND.dtype), weight_grad, bias_grad) if learns else None
         return total
 
     @staticmethod
-    def backward(ctx, scale: Tensor) -> tuple[Tensor, None, None]:
-        logits_NV, targets_N = ctx.saved_tensors
-        for logits, targets in _slices(logits_NV, targets_N):
-            grad = torch.softmax(logits, dim=-1, dtype=torch.float32)
-            if ctx.z_loss:
-                grad *= 1 + 2 * ctx.z_loss * _log_z(logits)[:, None]
-            grad.scatter_add_(1, targets.clamp(min=0)[:, None], grad.new_full((len(targets), 1), -1.0))
-            grad *= (scale * (targets != IGNORE))[:, None]
-            logits.copy_(grad)
-        return logits_NV, None, None
+    def backward(ctx, scale: Tensor):
+        grads, ctx.grads = ctx.grads, None
+        assert grads, "the gradients of this loss were handed out already, and are not kept for a second time"
+        return *(g if g is None else g.mul_(scale) for g in grads), None, None, None, None
 
 
-def _log_z(logits: Tensor) -> Tensor:
-    return logits.float().logsumexp(dim=-1)
+def take_loss_(logits_NV: Tensor, targets_N: Tensor, z_loss: float, softcap: float | None, learns: bool) -> Tensor:
+    """The summed loss of these rows, in fp32 from logits of any dtype; if it learns, the logits become their own gradient."""
+    bent_NV = logits_NV if softcap is None else softcap * torch.tanh(logits_NV.float() / softcap)
+    counts_N, at_N1 = targets_N != IGNORE, targets_N.clamp(min=0)[:, None]
+    probs_NV, log_z_N1 = _softmax_and_log_z(bent_NV)
+    at_target_N1 = bent_NV.gather(1, at_N1).float()
+    losses_N1 = log_z_N1 - at_target_N1 + z_loss * log_z_N1.square()
+    if learns:
+        weights_N1 = (1 + 2 * z_loss * log_z_N1) * counts_N[:, None]
+        target_grads_N1 = weights_N1 * (at_target_N1 - log_z_N1).exp() - counts_N[:, None].float()
+        if softcap is not None:
+            probs_NV = probs_NV * (1 - (bent_NV / softcap).square())
+            target_grads_N1 = target_grads_N1 * (1 - (at_target_N1 / softcap).square())
+        if torch.compiler.is_compiling():  # a scatter would need the numbers in memory before it
+            is_target_NV = torch.arange(logits_NV.shape[1], device=logits_NV.device) == at_N1
+            logits_NV.copy_(torch.where(is_target_NV, target_grads_N1, probs_NV * weights_N1))
+        else:
+            logits_NV.copy_(probs_NV.mul_(weights_N1)).scatter_(1, at_N1, target_grads_N1.to(logits_NV.dtype))
+    return losses_N1[:, 0].masked_fill(~counts_N, 0.0).sum()
 
 
-def _slices(logits_NV: Tensor, targets_N: Tensor):
-    elements = CPU_SLICE if logits_NV.device.type == "cpu" else GPU_SLICE
-    rows = max(1, elements // logits_NV.shape[1])
-    return zip(logits_NV.split(rows), targets_N.split(rows), strict=True)
+def _softmax_and_log_z(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
+    """fp32; ln Z is [N, 1]."""
+    highest_N1 = logits_NV.amax(dim=-1, keepdim=True).float()
+    if torch.compiler.is_compiling():
+        exps_NV = (logits_NV.float() - highest_N1).exp()
+        sums_N1 = exps_NV.sum(dim=-1, keepdim=True)
+        return exps_NV * sums_N1.reciprocal(), highest_N1 + sums_N1.log()
+    probs_NV = torch.softmax(logits_NV, dim=-1, dtype=torch.float32)
+    # by the most probable token, whose probability is never too small for a logarithm
+    return probs_NV, highest_N1 - probs_NV.amax(dim=-1, keepdim=True).log()
+
+
+def take_loss_in_slices_(logits_NV: Tensor, targets_N: Tensor, *how) -> Tensor:
+    """take_loss_, so few rows at a time that what one operation writes is still in the cache when the next one reads it."""
+    rows = max(1, (CPU_SLICE if logits_NV.device.type == "cpu" else GPU_SLICE) // logits_NV.shape[1])
+    return sum(take_loss_(*part, *how) for part in zip(logits_NV.split(rows), targets_N.split(rows), strict=True))
+
+
+def _plus(total: Tensor | None, part: Tensor) -> Tensor:
+    """A sum in fp32."""
+    return part.float() if total is None else total.add_(part)

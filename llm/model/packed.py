@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor, nn
 
+from llm.model.loss import capped
+
 
 class PackedLinear(nn.Module):
     """What `linear` computes, by oneDNN on a weight in its own blocked layout. It has no parameters: it can neither be trained nor moved.
@@ -14,9 +16,10 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())  # opaque, hence no buffer
         self.bias = None if linear.bias is None else linear.bias.detach()
+        self.softcap = getattr(linear, "softcap", None)  # a head's
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
+        return capped(torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], ""), self.softcap)
 
 
 def pack(model: nn.Module) -> None:

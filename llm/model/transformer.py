@@ -10,8 +10,8 @@ from torch import Tensor, nn
 from llm.config import ModelConfig
 from llm.model.attention import Attention, document_mask, positions_in_documents
 from llm.model.kv_cache import KVCache
-from llm.model.layers import MLP, Embedding, Linear, make_norm
-from llm.model.loss import cross_entropy_sum
+from llm.model.layers import MLP, Embedding, make_norm
+from llm.model.loss import Head
 from llm.model.rope import rope_tables
 
 
@@ -28,9 +28,7 @@ class Block(nn.Module):
         self.mlp_norm = None if cfg.parallel_blocks else make_norm(cfg)
         self.mlp = MLP[cfg.mlp](cfg)
 
-    def forward(
-        self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, remember: Callable | None = None, mask: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, x: Tensor, rope: tuple[Tensor, Tensor] | None = None, remember: Callable | None = None, mask: Tensor | None = None) -> Tensor:
         normed = self.attn_norm(x)
         if self.mlp_norm is None:
             return x + self.attn(normed, rope, remember, mask) + self.mlp(normed)
@@ -54,10 +52,9 @@ class Transformer(nn.Module):
             self.register_buffer("sin", sin, persistent=False)
         self.blocks = nn.ModuleList(Block(cfg) for _ in range(cfg.n_layers))
         self.norm = make_norm(cfg)
-        self.head = Linear(cfg.d_model, cfg.vocab_size, bias=cfg.head_bias)
+        self.head = Head(cfg)
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
-        self.loss = cross_entropy_sum  # here for the engine to compile: it pays, and holds no weights that ZeRO would have to gather
 
     @property
     def device(self) -> torch.device:
@@ -67,22 +64,13 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed.weight.dtype
 
-    def forward(
-        self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: KVCache | None = None, doc_ids_BT: Tensor | None = None
-    ) -> Tensor:
+    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: KVCache | None = None, doc_ids_BT: Tensor | None = None) -> Tensor:
         """With targets the fp32 sum of cross-entropy (in training with z-loss) over those that are not -100, else logits_BTV.
 
         With doc_ids, tokens see only those of their own document, and positions begin with it.
         """
-        logits_BTV = self.logits(self.hidden(tokens_BT, cache, doc_ids_BT))
-        if targets_BT is None:
-            return logits_BTV
-        return self.loss(logits_BTV.flatten(0, 1), targets_BT.flatten(), self.cfg.z_loss if self.training else 0.0)
-
-    def logits(self, x: Tensor) -> Tensor:
-        """What the head makes of `hidden`'s last axis."""
-        logits, cap = self.head(x), self.cfg.logit_softcap
-        return logits if cap is None else cap * torch.tanh(logits / cap)
+        hidden_BTD = self.hidden(tokens_BT, cache, doc_ids_BT)
+        return self.head(hidden_BTD) if targets_BT is None else self.head(hidden_BTD, targets_BT, self.cfg.z_loss if self.training else 0.0)
 
     def hidden(self, tokens_BT: Tensor, cache: KVCache | None = None, doc_ids_BT: Tensor | None = None) -> Tensor:
         """What the head reads, [B, T, D]. With a cache the tokens follow those it holds, and are added to it."""

@@ -139,7 +139,7 @@ class Keeper:
         try:
             self.view = seen_view(self._ledger, self.view)
             self.lock.check()  # thinning and deleting in a folder that is another job's now could take what it stands on
-            durable.write_text(self.run / "seen_datasets.json", json.dumps(self.view, indent=2) + "\n")
+            write_view(self.run, self.view)
             protect = {path} | ({self.resumed_from} if self.resumed_from else set())
             apply_retention(self.run, self._retention(), protect, folder.other_branches(self.run, self.attempt, self.lineage))
         except (OSError, LockLost) as error:
@@ -150,3 +150,8 @@ class Keeper:
         keep, phase = self.cfg.checkpoint, self._ledger.phases[-1]
         every = interval_steps(keep.keep_every, horizon(self.cfg, phase, self.plan.global_rows, self.saved_step).length)
         return Retention(keep.keep_last, keep.keep_best, keep.keep_epochs, every, keep.thin)
+
+
+def write_view(run: Path, view: dict) -> None:
+    """What the run has seen, for people."""
+    durable.write_text(run / "seen_datasets.json", json.dumps(view, indent=2) + "\n")

@@ -17,6 +17,7 @@ from llm.log import UserError, log
 from llm.train.budget import Sitting, horizon
 from llm.train.exits import NeedsAPerson
 from llm.train.faults import StopFlag
+from llm.train.fit import train_step
 from llm.train.guard import Recent, SpikeGuard, refused_in_a_row
 from llm.train.metrics import Metrics
 from llm.train.schedule import lr_at
@@ -93,6 +94,7 @@ def train_phase(
             step = watchdog.during("saving", part)()
             if step is not None:
                 saved_step, failed_saves = step, 0
+                metrics.seen(step, keeper.view)
         except Fenced as error:
             raise NeedsAPerson(f"The {error}. The last one is of step {saved_step:,}.") from None
         except SaveFailed as error:
@@ -111,7 +113,8 @@ def train_phase(
 
     while True:
         watchdog.step_boundary(at.step)
-        started_at = time.perf_counter()
+        metrics.profiler.before(at.step + 1)
+        started_at, saved_for_s = time.perf_counter(), sitting.saving_s
         drawn, problem = at.ledger.open_phase.consumed, None
         try:
             batches = stream.step(drawn)
@@ -129,7 +132,8 @@ def train_phase(
             break
 
         if n_targets:
-            update = engine.train_step(batches, n_targets, lr_at(cfg.train, over, at.step), lambda loss: guard.why_not(loss) is None)
+            rate = lr_at(cfg.train, over, at.step)
+            update = train_step(engine, stream, world, drawn, batches, n_targets, rate, lambda loss: guard.why_not(loss) is None)
             why = None if update.applied else guard.why_not(update.loss) or "a gradient was not finite on some rank (limit: any finite number)"
             refused = refused + 1 if why else 0
         else:  # a step of somebody's questions alone, where rows are few and short
@@ -146,12 +150,13 @@ def train_phase(
         at.step, at.updates = at.step + 1, at.updates + update.applied
         at.tokens_seen += n_targets * update.applied
         sitting.count_step(n_targets * update.applied)
-        seconds = time.perf_counter() - started_at
+        seconds = time.perf_counter() - started_at - (sitting.saving_s - saved_for_s)
+        metrics.profiler.after(at.step)
         stragglers.add(engine.forward_clock.take(), data_wait_s, seconds)
         if update.applied:
             lr = lr_at(cfg.train, over, at.step - 1)
             metrics.step(
-                at.step, loss=update.loss, lr=lr, grad_norm=update.grad_norm, tokens=n_targets, seconds=seconds, data_wait_s=data_wait_s
+                at.step, at.ledger, loss=update.loss, lr=lr, grad_norm=update.grad_norm, tokens=n_targets, seconds=seconds, data_wait_s=data_wait_s
             )
             at.metrics["train_loss"] = update.loss
             if odd := guard.applied(update.loss, update.grad_norm):

@@ -13,30 +13,36 @@ from llm.checkpoint.saver import SaveFailed
 from llm.config import BatchPlan, ConfigError, RunConfig, batch_plan
 from llm.data.ledger import Ledger
 from llm.data.sampler import Sampler
+from llm.data.seen import seen_view
 from llm.data.shards import Shard
 from llm.data.stream import Stream, eval_batches
 from llm.dist import World
 from llm.engine import Engine, process
 from llm.engine.protocol import autocast
-from llm.log import log, route_output
+from llm.log import log, result, route_output
 from llm.model.flops import count_params, flops_per_token, peak_flops
 from llm.model.transformer import Transformer
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.anneal import CHANGED_BY_ANNEAL, Fork, find_fork
 from llm.train.budget import Sitting, horizon
-from llm.train.datasets import open_shards, pool
+from llm.train.datasets import DatasetTokens, open_shards, pool
 from llm.train.exits import ExitNote
 from llm.train.faults import StopFlag
-from llm.train.keeper import Keeper
+from llm.train.fit import fitted
+from llm.train.keeper import Keeper, write_view
 from llm.train.loop import Progress, train_phase
 from llm.train.metrics import Metrics
 from llm.train.phases import Wish, choose_phase, row_cut
 from llm.train.probe import ACCEPT, Probe, probe_shards
 from llm.train.start import build_loaded_engine, check_identity, open_source, position
+from llm.train.starts import note_start
 from llm.train.summary import tell_sitting
 from llm.train.template import run_template
 from llm.train.validate import reading_copy, token_byte_lengths, validate
 from llm.train.watchdog import Watchdog
+
+Measure = Callable[[Transformer, Tokenizer, World], dict[str, float]]
+WriteSamples = Callable[[RunConfig, Transformer, Tokenizer], dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -58,9 +64,8 @@ class Options:
     """Go on from the checkpoint of this step, beside the newer ones."""
     steal_lock: bool = False
     retry_anyway: bool = False
-
-
-Measure = Callable[[Transformer, Tokenizer, World], dict[str, float]]
+    write_samples: WriteSamples | None = None
+    """Prompt -> what the model writes after it; asked on rank 0 after each validation."""
 
 
 def train(cfg: RunConfig, world: World, options: Options, measure: Measure | None = None) -> None:
@@ -105,7 +110,7 @@ def _train(
     train_shards, val_shards = open_shards(cfg, tokenizer, world)
 
     # a folder that does not exist is not made yet: a mistake found below leaves nothing behind
-    world.on_rank_0(lambda: lock.take(options.steal_lock) if cfg.run_folder.is_dir() else None)
+    world.on_rank_0(lambda: _take_over(cfg.run_folder, lock, options.steal_lock) if cfg.run_folder.is_dir() else None)
     if options.fresh:
         world.on_rank_0(lambda: _move_aside(cfg.run_folder, lock))
     checkpoint = world.together(lambda: newest(world, cfg.run_folder, options.from_step if fork is None else None))
@@ -122,7 +127,9 @@ def _train(
 
     chosen = choose(options.wish)
     if isinstance(chosen, str):
-        log.info(chosen)
+        if checkpoint and not begins:  # whoever saved it may have been killed before it wrote this
+            world.on_rank_0(lambda: write_view(cfg.run_folder, seen_view(at.ledger)))
+        result(chosen)
         return
     if fork:
         world.together(lambda: fork.check_data(chosen, plan.global_rows, at.step))
@@ -134,20 +141,32 @@ def _train(
     if not cfg.train.batch_tokens:  # the run's own global batch, which another number of ranks cuts otherwise
         cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"grad_accum": plan.accumulation})})
     engine = build_loaded_engine(cfg, world, checkpoint, source)
+    if cfg.train.batch_size == "auto":
+        plan = world.together(lambda: fitted(cfg, plan, world, engine))
     probe = Probe(cfg, plan, world, engine, probe_shards(pool(train_shards), chosen))
     if checkpoint:
         world.together(lambda: probe.check(checkpoint.manifest, ACCEPT in options.accept_change))
     keeper = Keeper(cfg, plan, world, engine, tokenizer, checkpoint, lock, probe, template, is_fork=begins)
     _introduce(cfg, plan, world, checkpoint, at, chosen)
-    metrics = _metrics(cfg, world)
+    metrics = _metrics(cfg, world, sitting, DatasetTokens(train_shards))
+    world.on_rank_0(lambda: metrics.start(at.step, note_start(cfg, world, plan, at.step)))
     validator = _validator(cfg, plan, world, engine, tokenizer, val_shards)
+    if validator and options.write_samples:
+        validate_alone = validator
+
+        def validator() -> dict[str, float]:
+            values = validate_alone()
+            if texts := _write_samples(cfg, world, engine, tokenizer, options.write_samples):
+                metrics.samples(at.step, texts)
+            return values
+
     validator = validator and watchdog.during("validation", validator)
     measurer = watchdog.during("evaluation", lambda: _measured(cfg, world, engine, tokenizer, measure)) if measure else None
     first_step = at.step
     try:
         while isinstance(chosen, Ledger):
             at.ledger = chosen
-            metrics.end_step = _end_step(cfg, plan, at, sitting)
+            metrics.end_step, metrics.run_end_step = _end_steps(cfg, plan, at, sitting)
             with closing(world.together(lambda: _stream(at.ledger, train_shards, plan, world))) as stream:
                 reason = train_phase(cfg, plan, world, engine, stream, at, sitting, stop, metrics, validator, measurer, keeper, watchdog)
             again = reason == "phase finished" and options.wish.only_new
@@ -161,6 +180,11 @@ def _train(
     if world.rank == 0:
         tell_sitting(cfg, at, sitting, metrics, first_step, chosen, plan.global_rows)
     note.ended(chosen)
+
+
+def _take_over(run: Path, lock: RunLock, by_force: bool) -> None:
+    lock.take(by_force)
+    folder.clean(run)
 
 
 def _move_aside(run: Path, lock: RunLock) -> None:
@@ -181,7 +205,7 @@ def _make_folders(cfg: RunConfig, lock: RunLock) -> None:
             raise LockError(f"{cfg.run_folder}: another job has begun this run in the meantime. Run again to go on from its checkpoint.")
         cfg.log_folder.mkdir(parents=True, exist_ok=True)
         probe.mkdir()
-        folder.clean(cfg.run_folder)
+        probe.rmdir()
     except OSError as error:
         raise ConfigError(
             f"{error.filename or cfg.run_folder}: cannot be written ({error.strerror}). Checkpoints and logs go there: change "
@@ -194,23 +218,28 @@ def _stream(ledger: Ledger, shards: dict[str, list[Shard]], plan: BatchPlan, wor
     return Stream(sampler, plan.global_rows, world.rank, world.size, plan.micro_rows)
 
 
-def _end_step(cfg: RunConfig, plan: BatchPlan, at: Progress, sitting: Sitting) -> int:
-    """The step at which this sitting ends at the latest, for the progress line."""
+def _end_steps(cfg: RunConfig, plan: BatchPlan, at: Progress, sitting: Sitting) -> tuple[int, int]:
+    """The steps at which this sitting and the run end at the latest, for the progress line."""
     phase = at.ledger.open_phase
-    ends = [horizon(cfg, phase, plan.global_rows, at.step).end, at.step + -(-(phase.total - phase.consumed) // plan.global_rows)]
-    if sitting.steps:
-        ends.append(at.step - sitting.steps_done + sitting.steps)
-    return min(ends)
+    run_end = min(horizon(cfg, phase, plan.global_rows, at.step).end, at.step + -(-(phase.total - phase.consumed) // plan.global_rows))
+    today_end = at.step - sitting.steps_done + sitting.steps if sitting.steps else run_end
+    return min(today_end, run_end), run_end
 
 
-def _metrics(cfg: RunConfig, world: World) -> Metrics:
+def _metrics(cfg: RunConfig, world: World, sitting: Sitting, by_dataset: DatasetTokens) -> Metrics:
     peak = None
     if world.device.startswith("cuda"):
         import torch
 
         peak = peak_flops(torch.cuda.get_device_name(world.device))
     return Metrics(
-        cfg, speaks=world.rank == 0, flops_per_token=flops_per_token(cfg.model), peak_flops=peak * world.size if peak else None
+        cfg,
+        sitting,
+        by_dataset,
+        speaks=world.rank == 0,
+        device=world.device,
+        flops_per_token=flops_per_token(cfg.model),
+        peak_flops=peak * world.size if peak else None,
     )
 
 
@@ -225,6 +254,16 @@ def _validator(
         return eval_batches(val_shards, cfg.model.seq_len, plan.micro_rows, world.rank, world.size, cfg.train.eval_rows, **row_cut(cfg))
 
     return lambda: validate(engine, batches, byte_lengths, world)
+
+
+def _write_samples(cfg: RunConfig, world: World, engine: Engine, tokenizer: Tokenizer, write: WriteSamples) -> dict[str, str]:
+    model = reading_copy(cfg, engine, world.device)
+    try:
+        with autocast(cfg.engine.precision, world.device):
+            return write(cfg, model, tokenizer) if world.rank == 0 else {}
+    except Exception as error:  # on this rank alone, and no reason to end training
+        log.warning(f"The sample texts could not be written ({type(error).__name__}: {error}). Training goes on.")
+        return {}
 
 
 def _measured(cfg: RunConfig, world: World, engine: Engine, tokenizer: Tokenizer, measure: Measure) -> dict[str, float]:

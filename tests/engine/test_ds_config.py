@@ -8,6 +8,7 @@ from engine_cases import run_config
 from llm.dist import World
 from llm.engine import EngineError
 from llm.engine.ds_config import FOLDER, ds_config_path, leaves, load_ds_config
+from llm.engine.ds_traps import traps
 
 TWO = World(size=2)
 SHIPPED = sorted(FOLDER.glob("*.json"))
@@ -82,3 +83,31 @@ def test_a_file_that_cannot_be_read_is_named(tmp_path, content):
         path.write_text(content)
     with pytest.raises(EngineError, match="mine.json"):
         load_ds_config(run_config(TWO, {"zero_stage": 1, "ds_config": str(path)}), TWO, n_params=10)
+
+
+@pytest.mark.parametrize("path", SHIPPED, ids=lambda p: p.name)
+def test_shipped_files_walk_into_no_trap(path):
+    world = World(size=8, device="cuda:0")
+    cfg = run_config(world, {"zero_stage": int(path.name[4]), "offload": "offload" in path.name}, precision="bf16")
+    assert traps(load_ds_config(cfg, world, 1_200_000_000), cfg, world, 1_200_000_000) == []
+
+
+def test_each_trap_of_a_users_file_is_told_with_its_value(tmp_path):
+    zero = {"stage": 3, "contiguous_gradients": False, "overlap_comm": False, "round_robin_gradients": True}
+    more = {"wall_clock_breakdown": True, "flops_profiler": {"enabled": True}, "communication_data_type": "bf16"}
+    path = write(tmp_path, zero_optimization=zero, data_types={"grad_accum_dtype": "bf16"}, **more)
+    world = World(size=8, device="cuda:0")
+    cfg = run_config(world, {"zero_stage": 3, "ds_config": path}, precision="bf16")
+    found = traps(load_ds_config(cfg, world, 1_200_000_000), cfg, world, 1_200_000_000)
+    assert [line.split(":")[0].rpartition(" is ")[::2] for line in found] == [
+        ("zero_optimization.contiguous_gradients", "False"),
+        ("zero_optimization.round_robin_gradients", "True"),
+        ("wall_clock_breakdown", "True"),
+        ("flops_profiler.enabled", "True"),
+        ("communication_data_type", "'bf16'"),
+        ("data_types.grad_accum_dtype", "'bf16'"),
+        ("torch_autocast.lower_precision_safe_modules", "None, by default"),
+        ("zero_optimization.reduce_bucket_size", "500000000, by default"),
+        ("zero_optimization.overlap_comm", "False"),
+        ("zero_optimization.stage3_max_live_parameters", "1000000000, by default"),
+    ]

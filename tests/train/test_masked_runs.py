@@ -42,20 +42,21 @@ def test_the_gradient_of_a_users_token_is_exactly_zero_and_counted_tokens_alone_
     n_targets, cfg = count_targets(batches), load_config(make_run(tmp_path / "run"), ["model.vocab_size=2048"])
     assert n_targets == sum(token in COUNTED for row in batches for token in (row.tokens_BT + 1).flatten().tolist())
 
-    model, logits, grads = build_model(cfg.model, 1), [], []
+    model, hidden, grads = build_model(cfg.model, 1), [], []
+    weight_VD = model.head.weight.detach().clone()
 
-    def listen(_, __, out):
-        logits.append(out.detach().clone())  # the loss leaves its gradient in their place
-        out.register_hook(lambda grad: grads.append(grad.clone()))
+    def listen(_, inputs):
+        hidden.append(inputs[0].detach())
+        inputs[0].register_hook(lambda grad: grads.append(grad.clone()))
 
-    model.head.register_forward_hook(listen)
+    model.head.register_forward_pre_hook(listen)
     build_engine(cfg, World(), model).train_step(batches, n_targets, 1e-3, lambda _: True)
-    for batch, logits_BTV, grad_BTV in zip(batches, logits, grads, strict=True):
+    for batch, x_BTD, grad_BTD in zip(batches, hidden, grads, strict=True):
         is_counted = torch.tensor([[token in COUNTED for token in row] for row in (batch.tokens_BT + 1).tolist()])
         assert is_counted.any() and not is_counted.all()
-        assert (grad_BTV[~is_counted] == 0).all()
-        wanted = logits_BTV.softmax(-1) - torch.nn.functional.one_hot(batch.tokens_BT + 1, 2048)
-        torch.testing.assert_close(grad_BTV[is_counted], wanted[is_counted] / n_targets, atol=1e-7, rtol=1e-4)
+        assert (grad_BTD[~is_counted] == 0).all()
+        wanted = (x_BTD @ weight_VD.T).softmax(-1) - torch.nn.functional.one_hot(batch.tokens_BT + 1, 2048)
+        torch.testing.assert_close(grad_BTD[is_counted], (wanted @ weight_VD / n_targets)[is_counted], atol=1e-7, rtol=1e-3)
 
 
 CUTS = {"windows": [], "apart": ["document_mask=true"], "packed": ["document_mask=true", "packing=bestfit"]}

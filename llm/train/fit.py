@@ -1,0 +1,75 @@
+"""Micro-batches that fit into memory. The rows of a step and their order stay as they are: only how they are cut changes."""
+
+from collections.abc import Callable
+
+import torch
+
+from llm.config import BatchPlan, ConfigError, RunConfig
+from llm.data.stream import Batch, Stream
+from llm.dist import World
+from llm.engine.protocol import Engine, Update
+from llm.log import UserError, log
+
+
+class OutOfMemory(UserError):
+    """A step did not fit, and this process cannot cut it smaller by itself."""
+
+
+def is_out_of_memory(error: BaseException) -> bool:
+    no_host_memory = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator for CPUs has no class for it
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or no_host_memory
+
+
+def fitted(cfg: RunConfig, plan: BatchPlan, world: World, engine: Engine) -> BatchPlan:
+    """The plan with the most rows a micro-batch of which every rank can take one through the model. Collective."""
+    if cfg.engine.zero_stage == 3 and world.size > 1:
+        raise ConfigError("train.batch_size: auto tries sizes out on each rank by itself, which ZeRO-3 cannot. Give a number.")
+    while any(world.gather(not _fits(engine, plan))):
+        if plan.micro_rows == 1:
+            raise OutOfMemory(f"Not even one row of {plan.seq_len:,} tokens fits into memory. {_ADVICE}")
+        plan = plan.with_rows(smaller_rows(plan.rank_rows, plan.micro_rows))
+    if world.rank == 0:
+        log.info(f"train.batch_size: auto is {plan.micro_rows} here: {plan}")
+    return plan
+
+
+def _fits(engine: Engine, plan: BatchPlan) -> bool:
+    ids = torch.zeros(plan.micro_rows, plan.seq_len, dtype=torch.int64)
+    try:
+        engine.try_out(Batch(ids, ids, None, None))
+    except (RuntimeError, MemoryError) as error:
+        if not is_out_of_memory(error):
+            raise
+        fits = False
+    else:
+        return True
+    if torch.cuda.is_available():
+        torch.cuda.empty_cache()  # after the error is gone, which held the tensors
+    return fits
+
+
+def smaller_rows(rank_rows: int, rows: int) -> int:
+    """The largest part of `rank_rows` that is at most half of `rows`."""
+    return next(n for n in range(max(1, rows // 2), 0, -1) if rank_rows % n == 0)
+
+
+def train_step(engine: Engine, stream: Stream, world: World, drawn: int, batches: list[Batch], *step: int | float | Callable) -> Update:
+    """engine.train_step. If it runs out of memory alone, it is taken again in micro-batches of half as many rows, as are all that follow."""
+    while True:
+        try:
+            return engine.train_step(batches, *step)
+        except (RuntimeError, MemoryError) as error:
+            if not is_out_of_memory(error):
+                raise
+            rows, message = stream.rows, str(error).partition("\n")[0]
+        if rows == 1 or world.size > 1 or not engine.drop_gradients():
+            raise OutOfMemory(f"Rank {world.rank} ran out of memory with {rows} rows a micro-batch ({message}). {_ADVICE}")
+        stream.rows = smaller_rows(stream.batch_rows, rows)
+        log.warning(f"Out of memory with {rows} rows a micro-batch: {stream.rows} from here on, with the same global batch. {_ADVICE}")
+        batches = stream.step(drawn)
+
+
+_ADVICE = (
+    "A smaller train.batch_size, engine.activation_checkpointing=true or a higher engine.zero_stage take less memory; the data and their order "
+    "stay the same."
+)

@@ -1,0 +1,86 @@
+"""Out of memory: the run goes on in smaller micro-batches, and learns what it would have learned with them from the start."""
+
+from itertools import count
+from unittest import mock
+
+import pytest
+import torch
+from little_run import SEQ_LEN, make_run, sit
+from ranks import run_ranks
+
+from llm.config import ConfigError, batch_plan, load_config
+from llm.dist import World
+from llm.engine.torch_engine import TorchEngine
+from llm.train.fit import OutOfMemory, fitted, smaller_rows
+
+
+def memory_for(rows: int, error: BaseException, spared: int = 0):
+    """A machine on which batches of more rows than this run out of memory after the forward pass, the first `spared` of them not."""
+    whole, too_large = TorchEngine._loss, count()
+
+    def loss(self, model, batch):
+        found = whole(self, model, batch)
+        if self.model.training and len(batch.tokens_BT) > rows and next(too_large) >= spared:
+            found.register_hook(lambda _: (_ for _ in ()).throw(error))
+        return found
+
+    return mock.patch.object(TorchEngine, "_loss", loss)
+
+
+def runs_to_the_end(root, rows, memory: int | None = None, error=None, spared: int = 0, **changes) -> dict:
+    config = str(make_run(root, batch_size=rows, **changes))
+    if memory is None:
+        return sit(World(), config)
+    with memory_for(memory, error, spared):
+        return sit(World(), config)
+
+
+@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory: 8 bytes")])
+def test_after_running_out_of_memory_the_run_is_that_of_the_smaller_micro_batch(tmp_path, error):
+    small = runs_to_the_end(tmp_path / "small", 2, batch_tokens=8 * SEQ_LEN)
+    # in the second micro-batch of the first step, when the first one has left its gradients
+    halved = runs_to_the_end(tmp_path / "halved", 4, memory=2, error=error, spared=1, batch_tokens=8 * SEQ_LEN)
+    assert halved["step"] == 5
+    assert (halved["chain"], halved["state"], halved["ledger"]) == (small["chain"], small["state"], small["ledger"])
+
+
+def test_other_errors_and_a_single_row_too_many_end_the_run(tmp_path):
+    with pytest.raises(OutOfMemory, match="with 1 rows a micro-batch.*activation_checkpointing"):
+        runs_to_the_end(tmp_path / "a", 2, memory=0, error=torch.OutOfMemoryError("no"))
+    with pytest.raises(RuntimeError, match="another"):
+        runs_to_the_end(tmp_path / "b", 2, memory=0, error=RuntimeError("another"))
+
+
+def test_auto_takes_the_largest_that_fits(tmp_path):
+    found = runs_to_the_end(tmp_path / "auto", "auto", memory=2, error=torch.OutOfMemoryError("no"))
+    assert found["state"] == runs_to_the_end(tmp_path / "two", 2)["state"]
+
+
+def auto_where_rank_1_has_less(world, config, stage) -> int:
+    from llm.engine.deepspeed_engine import DeepSpeedEngine
+    from llm.train import run as training
+
+    plans, tried = [], DeepSpeedEngine.try_out
+
+    def try_out(self, batch):
+        tried(self, batch)
+        if world.rank == 1 and len(batch.tokens_BT) > 1:
+            raise torch.OutOfMemoryError("no")
+
+    noted = mock.patch.object(training, "fitted", lambda *args: plans.append(fitted(*args)) or plans[0])
+    with noted, memory_for(1 if world.rank else 9, torch.OutOfMemoryError("no")), mock.patch.object(DeepSpeedEngine, "try_out", try_out):
+        found = sit(world, config, [f"engine.zero_stage={stage}"])
+    return [plans[0].micro_rows, found["step"]]
+
+
+@pytest.mark.parametrize("stage", [0, 2])
+def test_all_ranks_take_what_the_poorest_can(tmp_path, stage):
+    config = str(make_run(tmp_path / "run", batch_size="auto"))
+    assert run_ranks(auto_where_rank_1_has_less, 2, tmp_path, config, stage) == [[1, 10]] * 2
+
+
+def test_auto_needs_to_be_told_the_global_batch(tmp_path):
+    config = make_run(tmp_path / "run", batch_size="auto", batch_tokens=None)
+    with pytest.raises(ConfigError, match="auto needs train.batch_tokens"):
+        batch_plan(load_config(config), 1)
+    assert [smaller_rows(12, rows) for rows in (12, 6, 4, 3, 2)] == [6, 3, 2, 1, 1]
