@@ -32,7 +32,7 @@ quickstart: install
 	python tools/report.py checkpoints/toy
 	python launch/generate.py checkpoints/toy --prompt "    def __init__(self" --max-tokens 150 --temp 0.7 --seed 1
 	@echo
-	@echo "The loss curve is checkpoints/toy/logs/loss.png. Next, with 'source $(VENV)/bin/activate':"
+	@echo "All about the run is in checkpoints/toy/logs/report/report.html. Next, with 'source $(VENV)/bin/activate':"
 	@echo "  python launch/train.py --config configs/toy.yaml train.total_step_budget=1600 --minutes-today 10    train on, the rest of the text"
 	@echo "  python tools/tokenize_parallel.py YOUR.txt --tokenizer data/tokenizers/pystdlib-4k --seq-len 256 --out data/pystdlib"
 	@echo "  python launch/train.py --config configs/toy.yaml train.total_step_budget=0 --only-new               train on your text too"
@@ -45,7 +45,7 @@ test: install
 	python -m pytest
 
 torture: install
-	TORTURE=1 python -m pytest tests/faults tests/checkpoint tests/train tests/data tests/corpus tests/engine/test_refused_steps.py tests/test_config.py
+	TORTURE=1 python -m pytest tests/faults tests/checkpoint tests/train tests/data tests/corpus tests/doctor tests/engine/test_refused_steps.py tests/test_config.py
 
 mutations: install
 	python tests/faults/mutations.py

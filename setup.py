@@ -7,8 +7,14 @@ extras = {
     "fast": ["gigatoken>=0.10"],
     "mpi": ["mpi4py", "openmpi"],
     "eval": ["transformers", "accelerate", "lm-eval"],
-    "test": ["pytest", "pytest-timeout", "ruff", "pyarrow", "huggingface_hub", "mpi4py", "openmpi", "gigatoken>=0.10", "transformers", "openai"],
+    "test": [
+        *("pytest", "pytest-timeout", "ruff", "setuptools>=70.1"),
+        *("pyarrow", "huggingface_hub", "mpi4py", "openmpi", "gigatoken>=0.10", "transformers", "openai"),
+    ],
 }
+
+# These lie beside the package in a checkout, where people look for them, and in it once installed: python -m llm.launch.train
+inside = {f"llm.{folder}": folder for folder in ("configs", "ds_configs", "launch", "tools")}
 
 setup(
     name="tally-llm",
@@ -18,8 +24,9 @@ setup(
     long_description_content_type="text/markdown",
     license="Apache-2.0",
     python_requires=">=3.10",
-    packages=find_packages(include=["llm", "llm.*"]),
-    package_data={"llm.chat": ["web/*"]},
+    packages=[*find_packages(include=["llm", "llm.*"]), *inside],
+    package_dir=inside,
+    package_data={"llm.chat": ["web/*"], "llm.report": ["page.css"], "llm.configs": ["*.yaml"], "llm.ds_configs": ["*.json"]},
     install_requires=[
         "torch>=2.10,<2.14",
         "deepspeed>=0.19.8,<0.20",

@@ -28,7 +28,7 @@ def main() -> None:
     from llm.generate.load import load_run
 
     subjects = read_subjects(args.mmlu, shots=args.shots)
-    model, tokenizer, _ = load_run(args.run)
+    model, tokenizer, _ = load_run(args.run, packed=True)
     began, cpu_began = time.perf_counter(), time.process_time()
     ours = {subject.name: evaluate_subject(model, tokenizer, subject, args.shots) for subject in subjects}
     our_s, our_cpu_s = time.perf_counter() - began, time.process_time() - cpu_began

@@ -1,11 +1,10 @@
 """Talk to a model that was fine-tuned on chats:  python launch/chat.py checkpoints/my-chat   (--web: a page; --serve: an API)"""
 
 from contextlib import suppress
-from functools import partial
 from pathlib import Path
 
 from llm import cli
-from llm.log import UserError, log
+from llm.log import UserError, log, result
 
 
 def main() -> None:
@@ -15,26 +14,32 @@ def main() -> None:
 
     import torch  # only now: --help and a mistyped flag answer at once
 
-    from llm.corpus.conversations import CHATML, load_template
+    from llm.chat.session import Assistant
+    from llm.corpus.conversations import CHATML, kept_template, load_template
     from llm.generate.load import choose_device, choose_dtype, load_run
     from llm.generate.sampling import Sampling
 
     sampling = Sampling(args.temp, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
-    template = load_template(args.template) if args.template else CHATML
+    given = load_template(args.template) if args.template else None
     device = choose_device(args.device)
-    load = partial(load_run, device=device, dtype=choose_dtype(args.dtype, device))
+    dtype = choose_dtype(args.dtype, device)
+
+    def load(path, step) -> Assistant:
+        model, tokenizer, checkpoint = load_run(path, step, device=device, dtype=dtype, packed=True)
+        return Assistant(model, tokenizer, given or kept_template(checkpoint.folder) or CHATML, checkpoint.manifest.step)
+
     seed = torch.seed() % 2**32 if args.seed is None else args.seed
     if args.serve or args.web:
-        serve(args, load, template, sampling)
+        serve(args, load, sampling)
     else:
-        talk(args, load, template, sampling, seed)
+        talk(args, load, sampling, seed)
 
 
 def arguments():
     parser = cli.parser(__doc__)
     parser.add_generation_options(max_tokens=512)
     parser.add_argument("--system", default="", metavar="TEXT", help="system prompt")
-    parser.add_argument("--template", metavar="FILE", help="how conversations are written, as YAML: that of the fine-tuning (default: ChatML)")
+    parser.add_argument("--template", metavar="FILE", help="how conversations are written, as YAML (default: as in the fine-tuning, else ChatML)")
     group = parser.add_argument_group("other ways to talk")
     group.add_argument("--web", action="store_true", help="a page in the browser")
     group.add_argument("--serve", action="store_true", help="only the API that OpenAI's clients speak; --web has it too")
@@ -45,24 +50,24 @@ def arguments():
     return parser.parse_args()
 
 
-def talk(args, load, template, sampling, seed: int) -> None:
+def talk(args, load, sampling, seed: int) -> None:
     from llm.chat.prompt import check
-    from llm.chat.session import Assistant, Session
+    from llm.chat.session import Session
     from llm.chat.terminal import converse
 
     with suppress(ImportError):
         import readline  # noqa: F401 - input() then has history and editing
-    model, tokenizer, manifest = load(args.run, args.step)
-    check(template, tokenizer)
-    log.info(f"{args.run}, step {manifest.step:,}, on {model.head.weight.device}, seed {seed}. /help lists commands, Ctrl-D leaves.")
-    converse(Session(Assistant(model, tokenizer, template), sampling, args.max_tokens, seed, args.system))
+    assistant = load(args.run, args.step)
+    check(assistant.template, assistant.tokenizer)
+    log.info(f"{args.run}, step {assistant.step:,}, on {assistant.model.device}, seed {seed}. /help lists commands, Ctrl-D leaves.")
+    converse(Session(assistant, sampling, args.max_tokens, seed, args.system))
 
 
-def serve(args, load, template, sampling) -> None:
+def serve(args, load, sampling) -> None:
     from llm.chat.server import Limits, Server
     from llm.chat.worker import Worker, choices
 
-    worker = Worker(choices(Path(args.run), args.step), load, template, n_waiting=args.queue)
+    worker = Worker(choices(Path(args.run), args.step), load, n_waiting=args.queue)
     limits = Limits(max_tokens=args.max_tokens, seq_len=worker.seq_len)
     try:
         server = Server((args.host, args.port), worker, limits, sampling, args.system, names=args.allow_host, has_page=args.web)
@@ -70,7 +75,7 @@ def serve(args, load, template, sampling) -> None:
         raise UserError(f"--host {args.host} --port {args.port}: cannot be listened at ({error}). Try another --host or --port.") from None
     if not server.is_loopback:
         log.warning(f"everybody who reaches {args.host} can use this model, and nothing is encrypted. 127.0.0.1 is for this machine only.")
-    log.info(f"{'page ' if args.web else ''}at {server.url}/ and API at {server.url}/v1, until Ctrl-C")
+    result(f"{'page ' if args.web else ''}at {server.url}/ and API at {server.url}/v1, until Ctrl-C")
     try:
         server.serve_forever()
     except KeyboardInterrupt:

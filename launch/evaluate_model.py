@@ -1,6 +1,6 @@
 """Measure how good a model is. The same command again goes on where it was.
 
-  python launch/evaluate_model.py checkpoints/toy --tasks mmlu --mmlu data/mmlu --shots 5
+  python launch/evaluate_model.py checkpoints/toy --tasks mmlu --mmlu data/raw/mmlu --shots 5
   python launch/evaluate_model.py checkpoints/toy --tasks perplexity --text my-text.txt data/toy
   python launch/evaluate_model.py checkpoints/toy --tasks arc_easy,hellaswag,gsm8k --task-data data/tasks
 
@@ -42,7 +42,8 @@ def main() -> None:
     subjects = read_subjects(args.mmlu, args.subjects.split(",") if args.subjects else None, args.shots or 0) if "mmlu" in tasks else []
     task_files = _harness().find_data(args.task_data, others) if others else {}
     device = choose_device(args.device)
-    model, tokenizer, manifest = load_run(args.run, args.step, device=device, dtype=DTYPES[args.dtype])
+    model, tokenizer, checkpoint = load_run(args.run, args.step, device=device, dtype=DTYPES[args.dtype], packed=True)
+    manifest = checkpoint.manifest
     run = args.run.resolve().parent if (args.run / NAME).exists() else args.run
     name = step_name(manifest.step, manifest.attempt)
     logs = manifest.config.get("log", {}).get("out_dir")
@@ -53,7 +54,7 @@ def main() -> None:
         identity = [manifest.self_sha256, args.dtype, args.shots or 0]
         _mmlu(args, model, tokenizer, subjects, results, identity)
     if "perplexity" in tasks:
-        _perplexity(args, model, tokenizer, manifest, results)
+        _perplexity(args, model, tokenizer, checkpoint, results)
     if others:
         _others(model, tokenizer, task_files, args.shots, results)
     log.info(f"kept in {folder}")
@@ -64,7 +65,7 @@ def _arguments():
     parser.add_argument("run", type=Path, metavar="RUN", help="a run's folder, or that of one checkpoint")
     parser.add_argument("--tasks", required=True, metavar="A,B,...", help="mmlu, perplexity, arc_easy, arc_challenge, hellaswag, gsm8k, ...")
     parser.add_argument("--shots", type=int, metavar="N", help="examples before each question (mmlu: 0; others: what the task says)")
-    parser.add_argument("--mmlu", type=Path, default=Path("data/mmlu"), metavar="FOLDER", help="dev/*_dev.csv and test/*_test.csv (%(default)s)")
+    parser.add_argument("--mmlu", type=Path, default=Path("data/raw/mmlu"), metavar="FOLDER", help="dev/*_dev.csv and test/*_test.csv (%(default)s)")
     parser.add_argument("--subjects", metavar="A,B,...", help="of MMLU, these only")
     parser.add_argument("--beside-harness", action="store_true", help="mmlu a second time, by lm-evaluation-harness, question by question")
     parser.add_argument("--text", type=Path, nargs="+", metavar="PATH", help="for perplexity: text in any format, dataset folders, or .bin shards")
@@ -80,7 +81,7 @@ def _arguments():
 
 
 def _mmlu(args, model, tokenizer, subjects, results, identity: list) -> None:
-    from llm.eval.mmlu import accuracy, evaluate_subject, summary
+    from llm.eval.mmlu import accuracy, evaluate_subject, flat, summary
     from llm.eval.results import Kept, print_table
 
     shots, found, n_kept = args.shots or 0, {}, 0
@@ -102,7 +103,7 @@ def _mmlu(args, model, tokenizer, subjects, results, identity: list) -> None:
     lines = [(subject.name, subject.category, accuracy(correct[subject.name])) for subject in subjects]
     lines += [(name, "", values) for name, values in totals.items()]
     print_table([task, "", "accuracy", "±", "questions"], [[n, c, f"{v['acc']:.2%}", f"{v['stderr']:.2%}", f"{v['n']:,}"] for n, c, v in lines])
-    results.add(task, {f"{name}{suffix}": v[key] for name, v in totals.items() for key, suffix in (("acc", ""), ("stderr", "_stderr"))})
+    results.add(task, flat(totals))
     if args.beside_harness:
         _beside_harness(model, tokenizer, subjects, shots, correct)
 
@@ -130,15 +131,16 @@ def _beside_harness(model, tokenizer, subjects, shots: int, correct: dict[str, l
     print_table(["right answers", "ours", "harness", "same"], rows)
 
 
-def _perplexity(args, model, tokenizer, manifest, results) -> None:
+def _perplexity(args, model, tokenizer, checkpoint, results) -> None:
+    from llm.corpus.conversations import kept_template
     from llm.corpus.options import read_options
     from llm.eval import perplexity
     from llm.eval.results import print_table
 
-    options = read_options(args)
+    options = read_options(args, kept_template(checkpoint.folder))
     shards = [path for path in args.text if perplexity.is_shards(path)]
     texts = [path for path in args.text if path not in shards]
-    cut = {key: value for key, value in manifest.config.get("data", {}).items() if key in ("document_mask", "packing")}
+    cut = {key: value for key, value in checkpoint.manifest.config.get("data", {}).items() if key in ("document_mask", "packing")}
     found = {str(path): perplexity.of_shards(model, tokenizer, [path], args.rows, **cut) for path in shards}
     found |= {str(path): perplexity.of_files(model, tokenizer, [path], options, args.stride) for path in texts}
     rows = [[name, f"{v['loss']:.4f}", f"{v['perplexity']:,.2f}", f"{v['bits_per_byte']:.4f}"] for name, v in found.items()]

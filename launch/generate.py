@@ -29,14 +29,14 @@ def main() -> None:
 
     from llm.generate.load import choose_device, choose_dtype, load_run
     from llm.generate.sampling import Sampling
+    from llm.model.flops import count_params
 
     sampling = Sampling(args.temp, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     device = choose_device(args.device)
-    model, tokenizer, manifest = load_run(args.run, args.step, device=device, dtype=choose_dtype(args.dtype, device))
+    model, tokenizer, checkpoint = load_run(args.run, args.step, device=device, dtype=choose_dtype(args.dtype, device), packed=True)
     seed = torch.seed() % 2**32 if args.seed is None else args.seed
-    log.info(f"{args.run}, step {manifest.step:,}, on {device}, seed {seed}")
-    if args.verbose:
-        log.info(f"{sum(w.numel() for w in model.parameters()):,} weights in {model.head.weight.dtype}, context {model.cfg.seq_len:,}; {sampling}")
+    log.info(f"{args.run}, step {checkpoint.manifest.step:,}, on {device}, seed {seed}")
+    log.debug(f"{count_params(model.cfg):,} weights in {model.dtype}, context {model.cfg.seq_len:,}; {sampling}")
     stop_ids = tuple(tokenizer.special_ids.values()) if args.special_tokens else ()
     options = dict(max_tokens=10**15 if args.nonstop else args.max_tokens, sampling=sampling, stop=args.stop, stop_ids=stop_ids)
     if args.interactive:
@@ -61,7 +61,6 @@ def arguments():
     parser.add_argument("--stop", action="append", default=[], metavar="TEXT", help="stop before this text; may be given several times")
     parser.add_argument("--special-tokens", action="store_true", help="names such as <|im_end|> in the prompt are tokens, and any ends the text")
     parser.add_argument("--output", type=Path, metavar="FILE", help="write the text there too; with --prompts as JSON lines")
-    parser.add_argument("--verbose", action="store_true", help="tell the model's size and how fast it wrote")
     parser.add_argument("--no-delay", action="store_true", help="taken, and changes nothing: text is shown as fast as it is made")
     return parser.parse_args()
 
@@ -127,8 +126,7 @@ def show(args, model, tokenizer, text: str, seed: int, options: dict) -> str:
         written += piece
         print(as_shown(piece), end="", flush=True)
     print()
-    if args.verbose:
-        tell_speed(writing.n_tokens, time.monotonic() - started_at, f", ended by {writing.finish_reason}")
+    tell_speed(writing.n_tokens, time.monotonic() - started_at, f", ended by {writing.finish_reason}")
     return written
 
 
@@ -164,8 +162,7 @@ def write_batches(args, model, tokenizer, texts: list[str], seed: int, options: 
             written |= {i: "".join(until_stop(stream_text(tokenizer, row), stops)) for i, row in zip(batch, new, strict=True)}
             n_tokens += sum(map(len, new))
             bar.advance(len(batch))
-    if args.verbose:
-        tell_speed(n_tokens, time.monotonic() - started_at)
+    tell_speed(n_tokens, time.monotonic() - started_at)
     if args.output:
         save(args.output, "".join(json.dumps({"prompt": t, "text": written[i]}, ensure_ascii=False) + "\n" for i, t in enumerate(texts)))
         return
@@ -174,7 +171,7 @@ def write_batches(args, model, tokenizer, texts: list[str], seed: int, options: 
 
 
 def tell_speed(n_tokens: int, seconds: float, more: str = "") -> None:
-    log.info(f"{n_tokens:,} tokens in {seconds:.1f} s, {n_tokens / seconds:.1f} a second{more}")
+    log.debug(f"{n_tokens:,} tokens in {seconds:.1f} s, {n_tokens / seconds:.1f} a second{more}")
 
 
 def save(path: Path, text: str) -> None:

@@ -17,6 +17,7 @@ import time
 STARTED_AT = time.monotonic()
 
 from llm import cli  # noqa: E402 - the clock above counts imports as well
+from llm.log import log  # noqa: E402
 
 
 def main() -> None:
@@ -59,8 +60,26 @@ def main() -> None:
             from_step=args.from_step,
             steal_lock=args.steal_lock,
             retry_anyway=args.retry_anyway,
+            write_samples=_write_samples(cfg) if cfg.log.sample_prompts else None,
         )
-        train(cfg, world, options)
+        train(cfg, world, options, tasks(cfg, world))
+
+
+def tasks(cfg, world):
+    """What eval.tasks asks for, as a function that training calls; their data are read now, so that what is wrong with them is told now."""
+    if not cfg.eval.tasks:
+        return None
+    from llm.eval.in_training import read_tasks
+
+    return read_tasks(cfg.eval, world).measure
+
+
+def _write_samples(cfg):
+    if cfg.engine.zero_stage == 3:
+        return log.info("log.sample_prompts: no samples under ZeRO-3, where no rank has all weights")
+    from llm.generate.samples import write_samples  # here, for training does not know generation
+
+    return write_samples
 
 
 def _parser() -> cli.Parser:

@@ -5,8 +5,9 @@ import os
 import sys
 from collections.abc import Callable
 from contextlib import suppress
+from logging import ERROR
 
-from llm.log import MISTAKE, UserError, terminal
+from llm.log import MISTAKE, UserError, show, tag, terminal
 
 NEEDS_A_PERSON = 3  # training cannot go on by itself, and a retry would end the same way
 RETRY = 75  # EX_TEMPFAIL of sysexits.h: a hang or a lost rank
@@ -14,13 +15,24 @@ __all__ = ["MISTAKE", "NEEDS_A_PERSON", "RETRY", "Parser", "amount", "parser", "
 
 
 class Parser(argparse.ArgumentParser):
-    """Takes `--steps-today` and `--steps_today` alike, and overrides between flags."""
+    """Takes `--steps-today` and `--steps_today` alike, overrides between flags, and what every script has about its output."""
+
+    def __init__(self, *args, **kwargs):
+        super().__init__(*args, **kwargs)
+        group = self.add_argument_group("what is shown")
+        level = group.add_mutually_exclusive_group()  # suppressed: else a subcommand's defaults would undo what was said before it
+        level.add_argument("--quiet", action="store_true", default=argparse.SUPPRESS, help="results, warnings and errors only")
+        level.add_argument("--verbose", action="store_true", default=argparse.SUPPRESS, help="details too")
+        group.add_argument("--no-color", action="store_true", default=argparse.SUPPRESS, help="no colours, as with NO_COLOR=1")
 
     def parse_args(self, args=None, namespace=None):
         words = [_dashed(word) for word in (sys.argv[1:] if args is None else args)]
-        if any(action.dest == "overrides" for action in self._actions):
-            return self.parse_intermixed_args(words, namespace)  # else only the first run of overrides would be taken
-        return super().parse_args(words, namespace)
+        has_overrides = any(action.dest == "overrides" for action in self._actions)  # else only the first run of them would be taken
+        given = self.parse_intermixed_args(words, namespace) if has_overrides else super().parse_args(words, namespace)
+        show(quiet="quiet" in given, verbose="verbose" in given)
+        if "no_color" in given:
+            os.environ["NO_COLOR"] = "1"  # rich and child processes look there too
+        return given
 
     def add_config(self) -> None:
         """Add the arguments that choose and change a run's config."""
@@ -72,7 +84,8 @@ def run(main: Callable[[], int | None]) -> None:
         code = main() or 0
     except UserError as error:
         if not error.told:
-            print(f"error: {error}", file=sys.stderr if terminal() is sys.stdout else terminal(), flush=True)
+            stream = sys.stderr if terminal() is sys.stdout else terminal()
+            print(f"{tag(ERROR, stream)}{error}", file=stream, flush=True)
         code = error.exit_code
     except KeyboardInterrupt:
         print("interrupted", file=terminal(), flush=True)

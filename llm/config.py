@@ -26,6 +26,7 @@ from llm.log import UserError
 
 AUTO_TOKENS = 65_536  # batch_size: auto looks at no larger micro-batches: they gain nothing more
 VOCAB_MULTIPLE = 128  # padded vocabularies keep the head's matmul on aligned tiles
+MAX_PROFILED = 100  # steps
 Fraction = Annotated[float, Field(ge=0, le=1)]
 
 
@@ -48,6 +49,19 @@ def _interval(value: Any) -> int | str:
 
 
 Interval = Annotated[int | str, BeforeValidator(_interval)]
+
+
+def _step_range(value: Any) -> Any:
+    """Check the first and the last step of what is profiled."""
+    steps = list(value) if isinstance(value, list | tuple) else []
+    if len(steps) != 2 or not all(type(step) is int for step in steps) or not 1 <= steps[0] <= steps[1] < steps[0] + MAX_PROFILED:
+        raise ValueError(
+            f"give the first and the last step, such as [10, 15], at most {MAX_PROFILED} in all: a trace has thousands of lines for each"
+        )
+    return value
+
+
+StepRange = Annotated[tuple[int, int], BeforeValidator(_step_range)]
 
 
 def interval_steps(interval: Interval, phase_steps: int) -> int:
@@ -284,11 +298,41 @@ class CheckpointConfig(Section):
     """Write in a thread while training goes on, from a copy in host memory: 12 bytes for each parameter, shared out over the ranks."""
 
 
+class EvalConfig(Section):
+    """What is measured while training goes on, as launch/evaluate_model.py measures it."""
+
+    tasks: list[Literal["mmlu", "perplexity"]] = []
+    every: Interval = "10%"
+    """Steps between two measurements; one more at the end."""
+    limit: PositiveInt | None = 100
+    """So many questions of each subject, and documents of each text, the first ones; None: all."""
+    mmlu: str = "data/raw/mmlu"
+    """A folder in MMLU's own layout."""
+    subjects: list[str] = []
+    """Of MMLU, these only; empty: all."""
+    shots: NonNegativeInt = 0
+    """Examples before each question."""
+    texts: list[str] = []
+    """Files or folders of text, for perplexity."""
+
+
 class LogConfig(Section):
     out_dir: str | None = None
     """Logs, metrics and TensorBoard files; None: the run's folder, under logs."""
     log_every: PositiveInt = 10
     tensorboard: bool = True
+    sample_prompts: list[str] = []
+    """Written on at each validation, to see how the texts get better."""
+    sample_tokens: PositiveInt = 64
+    profile: StepRange | None = None
+    """First and last step of the run to profile on rank 0: a trace for chrome://tracing or Perfetto, and the ten costliest operations."""
+
+    @field_validator("sample_prompts")
+    @classmethod
+    def _prompts_say_something(cls, given: list[str]) -> list[str]:
+        if "" in given:
+            raise ValueError("a prompt is empty; give each at least one character to write on from")
+        return given
 
 
 class RunConfig(Section):
@@ -298,6 +342,7 @@ class RunConfig(Section):
     train: TrainConfig
     engine: EngineConfig = EngineConfig()
     checkpoint: CheckpointConfig = CheckpointConfig()
+    eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
 
     @property
@@ -398,20 +443,26 @@ def check_config(tree: dict, where: str) -> RunConfig:
     raise ConfigError(f"{where} has {len(problems)} problem{'s' * (len(problems) > 1)}:\n" + "\n".join(f"  - {p}" for p in problems))
 
 
-def config_folder() -> Path:
-    """Where the recipes are: ./configs, else the checkout that this package was installed from."""
-    here = Path("configs")
-    return here if here.is_dir() else Path(__file__).resolve().parent.parent / "configs"
+def shipped(name: str) -> Path:
+    """A folder that comes with the program, such as ds_configs: in the package where a wheel was installed, beside it in a checkout."""
+    package = Path(__file__).resolve().parent
+    return package / name if (package / name).is_dir() else package.parent / name
+
+
+def config_folders() -> list[Path]:
+    """Where recipes are looked for: ./configs, then those that come with the program."""
+    return [folder for folder in (Path("configs"), shipped("configs")) if folder.is_dir()]
 
 
 def find_preset(name: str) -> Path:
     """The recipe that `--model NAME` means."""
-    folder = config_folder()
-    for suffix in (".yaml", ".yml", ".json"):
-        if (folder / f"{name}{suffix}").is_file():
-            return folder / f"{name}{suffix}"
-    known = sorted(p.stem for p in folder.glob("*.yaml"))
-    raise ConfigError(f"There is no config called '{name}' in {folder}.{_did_you_mean(name, known)} There are: {', '.join(known)}.")
+    folders = config_folders()
+    for path in (folder / f"{name}{suffix}" for folder in folders for suffix in (".yaml", ".yml", ".json")):
+        if path.is_file():
+            return path
+    known = sorted({p.stem for folder in folders for p in folder.glob("*.yaml")})
+    where = " or ".join(map(str, folders))
+    raise ConfigError(f"There is no config called '{name}' in {where}.{_did_you_mean(name, known)} There are: {', '.join(known)}.")
 
 
 class _StrictLoader(yaml.SafeLoader):
@@ -435,7 +486,7 @@ def read_mapping(path: Path) -> dict:
         with open(path, encoding="utf-8") as file:
             tree = yaml.load(file, _StrictLoader)  # JSON is YAML as well
     except FileNotFoundError:
-        raise ConfigError(f"{path}: no such file. Recipes are in {config_folder()}.") from None
+        raise ConfigError(f"{path}: no such file. Recipes are in {config_folders()[-1]}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}).") from None
     except yaml.YAMLError as error:

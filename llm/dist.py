@@ -2,8 +2,11 @@
 
 import json
 import os
+import socket
+import struct
+import sys
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
@@ -43,6 +46,13 @@ class World:
         tensor = torch.tensor(values, dtype=torch.int64)
         dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op), group=self.group)
         return tensor.tolist()
+
+    def sum_tensor(self, tensor: Any) -> None:
+        """Add up the ranks' tensors in place: by NCCL on a GPU, by gloo on a CPU. Collective."""
+        if self.size > 1:
+            import torch.distributed as dist
+
+            dist.all_reduce(tensor)
 
     def gather(self, value: Any) -> list[Any]:
         """Every rank's value (anything JSON can hold), in order of rank, on every rank. Collective."""
@@ -135,12 +145,16 @@ def start(*, init_method: str | None = None, place: tuple[int, int, int] | None 
     import torch.distributed as dist
 
     os.environ.update(RANK=str(rank), WORLD_SIZE=str(size), LOCAL_RANK=str(local_rank))
+    if _is_on_one_host():
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
     if init_method is None and "MASTER_ADDR" not in os.environ:
         raise UserError(
             "Several processes, but MASTER_ADDR is not set, so they cannot find each other. Start with torchrun, or export MASTER_ADDR "
-            "and MASTER_PORT."
+            "(the host of rank 0) and MASTER_PORT; with mpirun -x MASTER_ADDR=HOST. See docs/clusters.md."
         )
     os.environ.setdefault("MASTER_PORT", "29500")
+    if init_method is None and "GLOO_SOCKET_IFNAME" not in os.environ and (interface := _interface_towards(os.environ["MASTER_ADDR"])):
+        os.environ["GLOO_SOCKET_IFNAME"] = interface
     has_cuda = torch.cuda.is_available()
     if has_cuda:
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
@@ -150,6 +164,33 @@ def start(*, init_method: str | None = None, place: tuple[int, int, int] | None 
     meeting = {"store": _store_of_this_start(timeout)} if restartable else {"init_method": init_method}
     dist.init_process_group(backend, rank=rank, world_size=size, timeout=timeout, **meeting)
     return World(rank, size, local_rank, group=dist.new_group(backend="gloo", timeout=timeout))
+
+
+def _is_on_one_host() -> bool:
+    """Whether mpirun or srun has started all its processes on this host."""
+    env = os.environ
+    mpi_here, nodes = env.get("OMPI_COMM_WORLD_LOCAL_SIZE"), env.get("SLURM_STEP_NUM_NODES")
+    return mpi_here == env["OMPI_COMM_WORLD_SIZE"] if mpi_here else nodes == "1"
+
+
+def _interface_towards(host: str) -> str | None:
+    """The network interface through which `host` is reached; None when that is this host, or nothing tells.
+
+    Left alone, gloo looks up this host's own name, which many systems call 127.0.1.1, and other hosts are told to connect there.
+    """
+    if sys.platform != "linux":
+        return None
+    import fcntl
+
+    get_address = 0x8915  # SIOCGIFADDR of <linux/sockios.h>
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as way, suppress(OSError):
+        way.connect((host, 9))  # a datagram socket: chooses a route and sends nothing
+        ours = socket.inet_aton(way.getsockname()[0])
+        for _, name in socket.if_nameindex():
+            with suppress(OSError):  # it has no address
+                if fcntl.ioctl(way, get_address, struct.pack("256s", name.encode()))[20:24] == ours and name != "lo":
+                    return name
+    return None
 
 
 def _store_of_this_start(timeout: timedelta) -> Any:

@@ -12,6 +12,8 @@ from typing import TextIO
 
 log = logging.getLogger("tally")
 MISTAKE = 2  # exit code
+RESULT = 25  # a level: what a command was asked for, shown even with --quiet; chatter about how it goes is INFO
+TAGS = {logging.WARNING: ("warning: ", "33"), logging.ERROR: ("error: ", "31")}  # and their ANSI colours: yellow, red
 
 
 class UserError(Exception):
@@ -31,9 +33,8 @@ class _Terminal(logging.Handler):
     def emit(self, record: logging.LogRecord) -> None:
         if self.rank and record.levelno < logging.WARNING:
             return
-        tag = {logging.WARNING: "warning: ", logging.ERROR: "error: "}.get(record.levelno, "")
         origin = f"[rank {self.rank}] " if self.rank else ""
-        text = f"{origin}{tag}{record.getMessage()}"
+        text = f"{origin}{tag(record.levelno, terminal())}{record.getMessage()}"
         try:
             if self.console:
                 self.console.print(text, markup=False, highlight=False, soft_wrap=True)
@@ -43,17 +44,45 @@ class _Terminal(logging.Handler):
             self.stream, self.console = open(os.devnull, "w"), None  # noqa: SIM115 - for good
 
 
-_handler = _Terminal()
+_handler = _Terminal(logging.INFO)
 _early = MemoryHandler(1000, flushLevel=logging.CRITICAL + 1)  # what is said before the log file is known
 log.addHandler(_handler)
 log.addHandler(_early)
-log.setLevel(logging.INFO)
+log.setLevel(logging.DEBUG)  # the log file of a run has every line, whatever the terminal shows
 log.propagate = False
 
 
 def terminal() -> TextIO:
     """The stream a person reads."""
     return _handler.stream or sys.stdout
+
+
+def show(*, quiet: bool = False, verbose: bool = False) -> None:
+    """What the person sees from now on: `quiet` leaves results, warnings and errors, `verbose` adds details."""
+    _handler.setLevel(RESULT if quiet else logging.DEBUG if verbose else logging.INFO)
+
+
+def result(text: str) -> None:
+    """Say what the command was asked for."""
+    log.log(RESULT, text)
+
+
+def tag(level: int, stream: TextIO) -> str:
+    """What warnings and errors begin with, in colour where a person looks and has not said NO_COLOR (no-color.org)."""
+    word, colour = TAGS.get(level, ("", ""))
+    plain = not word or os.environ.get("NO_COLOR") or os.environ.get("TERM") == "dumb" or not stream.isatty()
+    return word if plain else f"\x1b[1;{colour}m{word}\x1b[0m"
+
+
+def _shows_live() -> bool:
+    return not _handler.rank and _handler.level <= logging.INFO and terminal().isatty()
+
+
+def clock(seconds: float) -> str:
+    """7:05 or 1:00:00; every time left is told so."""
+    minutes, s = divmod(int(seconds), 60)
+    hours, m = divmod(minutes, 60)
+    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
 
 
 def set_rank(rank: int) -> None:
@@ -110,13 +139,14 @@ class Progress:
             self._bar.update(self._task, completed=self.done)
         elif time.monotonic() - self._told_at > 10:  # a log file wants a line now and then, not a bar
             self._told_at = time.monotonic()
-            log.info(f"{self.what}: {self.done:,} of {self.total:,} {self.unit}")
+            left_s = (self._told_at - self._started_at) * max(0, self.total - self.done) / self.done
+            log.info(f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {clock(left_s)} left")
 
 
 @contextmanager
 def progress(total: int, what: str, unit: str = "") -> Iterator[Progress]:
     """A bar on a terminal, a line every ten seconds elsewhere, nothing on ranks other than 0."""
-    if _handler.rank or not terminal().isatty():
+    if not _shows_live():
         yield Progress(total, what, unit)
         return
     from rich.progress import BarColumn, TextColumn, TimeElapsedColumn, TimeRemainingColumn
@@ -132,7 +162,7 @@ class LiveLine:
     """One line at the bottom of a terminal that is rewritten in place; `alive` is false where there is no terminal."""
 
     def __init__(self):
-        self.alive = not _handler.rank and terminal().isatty()
+        self.alive = _shows_live()
         if self.alive:
             from rich.live import Live
             from rich.text import Text

@@ -39,7 +39,7 @@ def make_tokenizer(path: Path, words: int = WORDS) -> Path:
 
 def add_shard(
     data: Path, tokenizer: Path, first: int, last: int, role: str = "train", seq_len: int = SEQ_LEN, lengths: list[int] | None = None,
-    mask_spans: np.ndarray | None = None,
+    mask_spans: np.ndarray | None = None, template: dict | None = None,
 ) -> Path:  # fmt: skip
     """A shard in the dataset folder `data` with the ids first..last-1, one document or documents of these lengths."""
     info = tokenizer_info(load_tokenizer(tokenizer))
@@ -47,7 +47,7 @@ def add_shard(
     parts = [(np.arange(first, last), np.array(lengths or [last - first]))]
     meta = write_shard(
         data, f"{role}-{first:05d}", parts, dtype=token_dtype(info["vocab_size"]), tokenizer=info, units=[unit], role=role, seq_len=seq_len,
-        writer={"version": "test"}, mask_spans=mask_spans,
+        writer={"version": "test"} | ({"template": template} if template else {}), mask_spans=mask_spans,
     )  # fmt: skip
     source = {"source_id": unit["unit_id"], "names": ["text"], "docs": 1, "bytes": 1, "unit_bytes": 1, "unit_ids": [unit["unit_id"]]}
     write_manifest(data, sources=[source], shards=[meta], tokenizer=info, seq_len=seq_len)
@@ -87,6 +87,7 @@ def sit(world: World, config: str, overrides: list[str] = (), fed: str | None = 
 
     Records of steps that a kill undid are dropped, as the checkpoint's own history drops them.
     """
+    from llm.eval.in_training import read_tasks
     from llm.train import run as training
     from llm.train.phases import Wish
 
@@ -94,7 +95,8 @@ def sit(world: World, config: str, overrides: list[str] = (), fed: str | None = 
     wish = Wish(**{key: options.pop(key) for key in ("only_new", "reset_epoch", "dataset", "replay") if key in options})
     if fed:
         listen(world, Path(fed), cfg.run_folder)
-    training.train(cfg, world, training.Options(started_at=time.monotonic(), wish=wish, **options))
+    measure = read_tasks(cfg.eval, world).measure if cfg.eval.tasks else None
+    training.train(cfg, world, training.Options(started_at=time.monotonic(), wish=wish, **options), measure)
     entries = folder.entries(cfg.run_folder)
     manifest = read_manifest(entries[-1].path) if entries else None
     return {"step": manifest.step, "state": manifest.state_hash, "chain": manifest.chain, "ledger": manifest.ledger} if manifest else {}

@@ -48,12 +48,16 @@ def test_underscores_and_dashes_in_flags_mean_the_same(config):
 LAUNCHERS = {
     "python": [sys.executable],
     "torchrun": [BIN / "torchrun", "--nproc-per-node", "2"],
-    "deepspeed": [BIN / "deepspeed", "--num_gpus", "2", "--master_port", "29641"],
-}
+    "deepspeed": [
+        BIN / "deepspeed", "--hostfile", "HOSTFILE", "--no_ssh", "--node_rank", "0", "--master_addr", "127.0.0.1", "--master_port", "29641",
+    ],
+}  # fmt: skip
 
 
-def test_python_torchrun_and_deepspeed_run_the_same_config_one_after_another(config):
+def test_python_torchrun_and_deepspeed_run_the_same_config_one_after_another(config, tmp_path):
+    (tmp_path / "hostfile").write_text("# one host, itself\nlocalhost slots=2\n")
     for sitting, (name, launcher) in enumerate(LAUNCHERS.items(), start=1):
+        launcher = [tmp_path / "hostfile" if word == "HOSTFILE" else word for word in launcher]
         done = command(*launcher, "launch/train.py", "--config", config, "--steps-today", "2", "zero_stage=1")
         assert done.returncode == 0, f"{name}: {done.stderr}{done.stdout}"
         assert f"steps  {2 * sitting - 2} to {2 * sitting}," in done.stdout, name

@@ -1,6 +1,7 @@
 import pytest
 from ranks import run_ranks
 
+from llm import dist
 from llm.dist import World, pick_device, read_environment
 from llm.log import UserError
 
@@ -52,6 +53,35 @@ def test_each_launcher_is_understood(monkeypatch, variables, place):
     for name, value in variables.items():
         monkeypatch.setenv(name, value)
     assert read_environment() == place
+
+
+@pytest.mark.parametrize(
+    ("variables", "all_here"),
+    [
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "4"}, True),
+        ({"OMPI_COMM_WORLD_SIZE": "4", "OMPI_COMM_WORLD_LOCAL_SIZE": "2"}, False),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_NODES": "1"}, True),
+        ({"SLURM_NTASKS": "8", "SLURM_STEP_NUM_NODES": "2"}, False),
+        ({}, False),
+    ],
+)
+def test_processes_that_are_all_on_one_host_need_no_address(monkeypatch, variables, all_here):
+    for name in ("OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_SIZE", "SLURM_STEP_NUM_NODES"):
+        monkeypatch.delenv(name, raising=False)
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert dist._is_on_one_host() == all_here
+
+
+def test_processes_on_several_hosts_without_an_address_are_told_what_to_export(monkeypatch):
+    monkeypatch.setattr("os.environ", {"SLURM_PROCID": "0", "SLURM_NTASKS": "2", "SLURM_STEP_NUM_NODES": "2"})
+    with pytest.raises(UserError, match="export MASTER_ADDR"):
+        dist.start()
+
+
+def test_this_very_host_is_reached_through_no_interface():
+    assert dist._interface_towards("127.0.0.1") is None
+    assert dist._interface_towards("no.such.host.invalid") is None
 
 
 def pretend_gpus(monkeypatch, free: list[int]) -> None:

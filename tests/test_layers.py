@@ -12,7 +12,7 @@ LEVELS = [
     {"llm.data", "llm.model"},
     {"llm.corpus", "llm.engine"},
     {"llm.train", "llm.generate"},
-    {"llm.eval", "llm.chat"},
+    {"llm.eval", "llm.chat", "llm.report", "llm.doctor", "llm.plan"},
     {"launch", "tools", "benchmarks"},
 ]
 LEVEL = {name: number for number, names in enumerate(LEVELS) for name in names}

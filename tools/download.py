@@ -10,7 +10,7 @@ import argparse
 from pathlib import Path
 
 from llm import cli
-from llm.log import UserError, log
+from llm.log import UserError, log, result
 
 
 def main() -> None:
@@ -57,7 +57,7 @@ def _share(text: str) -> float:
 
 def _list(recipes: dict) -> None:
     for name, recipe in recipes.items():
-        log.info(f"{name:12} {recipe.size:>7}  {recipe.licence:24}  {recipe.about}")
+        result(f"{name:12} {recipe.size:>7}  {recipe.licence:24}  {recipe.about}")
 
 
 if __name__ == "__main__":

@@ -33,6 +33,7 @@ def export(run: str | Path, out: Path, step: int | None = None, dtype: str = "fp
 
     from llm.checkpoint.resume import open_checkpoint
     from llm.config import ModelConfig
+    from llm.corpus.conversations import to_jinja
     from llm.model.huggingface import to_config_json
     from llm.model.huggingface_weights import parameter_shapes, write_tensors
     from llm.tokenizer import load_tokenizer
@@ -43,6 +44,7 @@ def export(run: str | Path, out: Path, step: int | None = None, dtype: str = "fp
     checkpoint = open_checkpoint(run, step)
     tokenizer = load_tokenizer(checkpoint.folder / "tokenizer")
     cfg = ModelConfig.model_validate(checkpoint.manifest.config["model"]).with_vocab(tokenizer.vocab_size)
+    template = chat_template(checkpoint.folder, tokenizer)
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     ids = {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     config = to_config_json(cfg) | ids | {"torch_dtype": str(torch_dtype).removeprefix("torch.")}
@@ -51,8 +53,8 @@ def export(run: str | Path, out: Path, step: int | None = None, dtype: str = "fp
     try:
         temporary.mkdir(parents=True)
         (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_tokenizer(tokenizer, temporary, cfg.seq_len)
-        write_generation_config(tokenizer, cfg.vocab_size, temporary / "generation_config.json")
+        write_tokenizer(tokenizer, temporary, cfg.seq_len, to_jinja(template) if template else None)
+        write_generation_config(tokenizer, template, cfg.vocab_size, temporary / "generation_config.json")
         with progress(len(parameter_shapes(cfg)), "writing", "tensors") as bar:
             for _ in write_tensors(temporary, cfg, config["model_type"], checkpoint.reader.read_full, torch_dtype, shard_bytes):
                 bar.advance(1)
@@ -64,12 +66,20 @@ def export(run: str | Path, out: Path, step: int | None = None, dtype: str = "fp
     log.info(f"{out}: step {checkpoint.manifest.step:,} of {run} as {config['architectures'][0]}, {dtype}")
 
 
-def write_generation_config(tokenizer, vocab_size: int, path: Path) -> None:
-    """What the model was imported with, if it was, else greedy decoding up to the end of a text or turn; never an id without a token."""
-    from llm.tokenizer.export import speaks_chatml
-    from llm.tokenizer.protocol import IM_END
+def chat_template(checkpoint: Path, tokenizer):
+    """The one that the model was trained with, or else what came with its tokenizer (None), or ChatML if that has its tokens."""
+    from llm.corpus.conversations import CHATML, kept_template
 
-    ends = [tokenizer.eos_id] + ([tokenizer.special_ids[IM_END]] if speaks_chatml(tokenizer) else [])
+    brought = (checkpoint / "tokenizer" / "tokenizer_config.json").exists()
+    fits = not brought and set(CHATML.special) <= tokenizer.special_ids.keys()
+    return kept_template(checkpoint) or (CHATML if fits else None)
+
+
+def write_generation_config(tokenizer, template, vocab_size: int, path: Path) -> None:
+    """What the model was imported with, if it was, else greedy decoding up to the end of a text or turn; never an id without a token."""
+    from llm.chat.prompt import stop_ids
+
+    ends = sorted({tokenizer.eos_id} | (stop_ids(template, tokenizer) if template else set()))
     ours = {"bos_token_id": tokenizer.eos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else ours
     padding = list(range(tokenizer.vocab_size, vocab_size))  # columns that are there for the matmul's sake

@@ -7,7 +7,7 @@ python tools/inspect_data.py data/pystdlib --tokenizer data/tokenizers/pystdlib-
 from pathlib import Path
 
 from llm import cli
-from llm.log import UserError, log
+from llm.log import UserError, result
 
 
 def main() -> None:
@@ -29,25 +29,25 @@ def main() -> None:
     if args.verify and not tokenized:
         raise UserError(f"{args.path}: --verify is for shards, and this is raw text, which carries no hash. Give a dataset folder or a .bin.")
     if args.verify:
-        log.info(f"{args.path}: {look_at.verify(args.path):,} tokens read, every hash is right")
+        result(f"{args.path}: {look_at.verify(args.path):,} tokens read, every hash is right")
     if tokenized:
         look = look_at.look_at_shards(args.path, args.tokenizer, args.windows, args.window_size or 128, args.seed)
     else:
         look = look_at.look_at_text(args.path, read_options(args), args.windows, args.window_size or 600)
     for fact in look.facts:
-        log.info(fact)
+        result(fact)
     if not len(look.lengths):
         raise UserError(f"{args.path}: holds no document that is not empty.")
-    log.info(f"repeated documents: {look.repeated:,} of {len(look.lengths):,}")
-    log.info(f"\n{look.unit} per document: mean {look.lengths.mean():,.1f}, longest {look.lengths.max():,}")
-    log.info("\n".join(look_at.histogram(look.lengths)))
+    result(f"repeated documents: {look.repeated:,} of {len(look.lengths):,}")
+    result(f"\n{look.unit} per document: mean {look.lengths.mean():,.1f}, longest {look.lengths.max():,}")
+    result("\n".join(look_at.histogram(look.lengths)))
     if look.windows and tokenized and not args.tokenizer:
-        log.info("\n(token ids; --tokenizer PATH shows the text)")
+        result("\n(token ids; --tokenizer PATH shows the text)")
     for window in look.windows:
-        log.info(f"\n{window}")
+        result(f"\n{window}")
     if args.png:
         look_at.draw(look, str(args.path.name), args.png)
-        log.info(f"{args.png}: drawn")
+        result(f"{args.png}: drawn")
 
 
 if __name__ == "__main__":

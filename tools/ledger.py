@@ -7,7 +7,6 @@
   python tools/ledger.py seen checkpoints/toy my-text.txt  never, partly or fully; renamed and copied files are recognised
 """
 
-from itertools import islice
 from pathlib import Path
 
 from llm import cli
@@ -63,19 +62,10 @@ def _shards_at_hand(manifest, args):
 
 
 def _show(args) -> None:
-    from llm.data.seen import seen_view
+    from llm.data.seen import seen_view, view_lines
 
     _, ledger, line = _open(args.run, args.step)
-    print(line)
-    for phase in seen_view(ledger)["phases"]:
-        steps = f"steps {phase['first_step']:,} to {phase['last_step']:,}" if phase["first_step"] else "not begun"
-        print(f"\nphase {phase['phase']} ({phase['dataset']}), {phase['state']}: {phase['percent_done']:.2f} % of {phase['epochs']} epochs, {steps}")
-        files = iter(phase["files"])
-        for share in phase["shares"]:
-            if len(phase["shares"]) > 1:
-                print(f"  {share['percent_of_draws']:6.2f} %  of the samples from {share['name']}:")
-            for file in islice(files, share["files"]):
-                print(f"  {file['percent_seen']:6.2f} %  {file['tokens']:>14,} tokens  {file['file']}")
+    print("\n".join([line, *view_lines(seen_view(ledger))]))
 
 
 # ---------------------------------------------------------------- verify

@@ -22,6 +22,8 @@ class Assistant:
     model: Transformer
     tokenizer: Tokenizer
     template: Template
+    step: int = 0
+    """Of the checkpoint."""
 
     def answer(self, turns: Sequence[Turn], *, max_tokens: int, stop: Sequence[str] = (), **how) -> tuple[Writing, int]:
         """The assistant's next turn, and how many turns it cannot take into account. Raises PromptError.

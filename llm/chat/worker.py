@@ -9,7 +9,6 @@ from pathlib import Path
 from llm.chat.session import Assistant
 from llm.checkpoint import folder
 from llm.checkpoint.manifest import NAME
-from llm.corpus.conversations import Template
 from llm.generate.generator import Writing
 from llm.log import UserError, log
 
@@ -46,12 +45,12 @@ def choices(run: Path, step: int | None) -> dict[str, tuple[Path, int | None]]:
 
 
 class Worker:
-    """`load(path, step)` gives model, tokenizer and manifest. Loads the first of `choices` at once, others when they are asked for."""
+    """`load(path, step)` gives an Assistant. Loads the first of `choices` at once, others when they are asked for."""
 
-    def __init__(self, choices: dict[str, tuple[Path, int | None]], load: Callable, template: Template, n_waiting: int):
+    def __init__(self, choices: dict[str, tuple[Path, int | None]], load: Callable[[Path, int | None], Assistant], n_waiting: int):
         if n_waiting < 1:
             raise UserError(f"--queue is {n_waiting}, but should be at least 1.")
-        self.choices, self._load, self._template = choices, load, template
+        self.choices, self._load = choices, load
         self._waiting: queue.Queue[Job | None] = queue.Queue(n_waiting)
         self._name, self._assistant = "", None
         self.seq_len = self._chosen(next(iter(choices))).model.cfg.seq_len
@@ -102,6 +101,5 @@ class Worker:
         """The model of this name; a second one is never in memory."""
         if name != self._name:
             self._name, self._assistant = "", None
-            model, tokenizer, _ = self._load(*self.choices[name])
-            self._name, self._assistant = name, Assistant(model, tokenizer, self._template)
+            self._name, self._assistant = name, self._load(*self.choices[name])
         return self._assistant

@@ -9,6 +9,7 @@ from typing import NamedTuple
 
 import yaml
 
+from llm.checkpoint.template import template_file
 from llm.log import UserError
 from llm.tokenizer.protocol import IM_END, IM_START
 
@@ -79,7 +80,7 @@ def load_template(path: Path | str) -> Template:
         raise UserError(f"{path}: cannot be read ({error.strerror}). Give a YAML file with a chat template.") from None
     except (yaml.YAMLError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: is not YAML: {' '.join(str(error).split())}.") from None
-    known = {"turn": str, "special": list, "roles": dict, "system": str}
+    known = {"turn": str, "special": list, "roles": dict, "system": str, "name": str}
     if not isinstance(fields, dict) or not fields.get("turn"):
         raise UserError(f"{path}: has no 'turn'. A template says how one turn is written, for example turn: {CHATML.turn!r}.")
     for key, value in fields.items():
@@ -88,7 +89,36 @@ def load_template(path: Path | str) -> Template:
     if fields["turn"].count("{content}") != 1:
         raise UserError(f"{path}: 'turn' must hold {{content}} once, and it is {fields['turn']!r}.")
     special, roles = tuple(map(str, fields.get("special", CHATML.special))), tuple(sorted(fields.get("roles", {}).items()))
-    return Template(fields["turn"], special, roles, fields.get("system", ""), Path(path).name)
+    return Template(fields["turn"], special, roles, fields.get("system", ""), fields.get("name", Path(path).name))
+
+
+def kept_template(checkpoint: Path) -> Template | None:
+    """The one that a checkpoint's model was trained with, if it says so. Raises UserError."""
+    path = template_file(checkpoint)
+    return load_template(path) if path else None
+
+
+def to_jinja(template: Template) -> str:
+    """The same for Hugging Face's apply_chat_template."""
+    before, after = template.turn.split("{content}")
+    role = "message['role']"
+    if template.roles:
+        role = f"{json.dumps(dict(template.roles), ensure_ascii=False)}.get({role}, {role})"
+
+    def text(part: str, role: str) -> str:
+        """`part` as an expression, in which `role` stands for {role}."""
+        pieces = [json.dumps(piece, ensure_ascii=False) for piece in part.split("{role}")]
+        return f" + {role} + ".join(pieces)
+
+    def called(name: str) -> str:
+        return json.dumps(dict(template.roles).get(name, name), ensure_ascii=False)
+
+    system = ""
+    if template.system:
+        written = f"{text(before, called('system'))} + {json.dumps(template.system, ensure_ascii=False)} + {text(after, called('system'))}"
+        system = f"{{% if messages | selectattr('role', 'equalto', 'system') | list | length == 0 %}}{{{{ {written} }}}}{{% endif %}}"
+    turns = f"{{% for message in messages %}}{{{{ {text(before, role)} + message['content'] + {text(after, role)} }}}}{{% endfor %}}"
+    return f"{system}{turns}{{% if add_generation_prompt %}}{{{{ {text(before, called('assistant'))} }}}}{{% endif %}}"
 
 
 def render(conversation: Conversation, template: Template = CHATML) -> list[Segment]:

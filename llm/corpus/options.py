@@ -27,13 +27,16 @@ def separator_from(argument: str | None) -> str | None:
     return argument.replace("\\n", "\n").replace("\\t", "\t") if argument else None
 
 
-def read_options(args: Namespace) -> ReadOptions:
-    """The options of a command line that `add_read_options` has extended. Raises UserError for those that nothing can be read with."""
+def read_options(args: Namespace, template: Template | None = None) -> ReadOptions:
+    """The options of a command line that `add_read_options` has extended. Raises UserError for those that nothing can be read with.
+
+    `template`: where the command line gives none; None: ChatML.
+    """
     from llm.corpus.formats import check_format
 
     check_format(args.format)
     pairs = tuple(tuple(pair.split("=", 1)) for pair in args.field)
     if wrong := [pair for pair in pairs if len(pair) != 2 or not all(pair)]:
         raise UserError(f"--field {wrong[0][0]} does not name two fields. Write --field OURS=THEIRS, for example --field response=reply.")
-    template = load_template(args.template) if args.template else CHATML
+    template = load_template(args.template) if args.template else template or CHATML
     return ReadOptions(separator_from(args.separator), args.text_field, args.format, pairs, template)

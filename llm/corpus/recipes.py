@@ -6,6 +6,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+from llm.corpus.mmlu_layout import write_layout
 from llm.corpus.options import ReadOptions
 
 
@@ -24,6 +25,8 @@ class Recipe:
     """What is done to each text."""
     local: Callable[[], Iterator[tuple[str, str]]] | None = None
     """(name, text) pairs of what every machine holds."""
+    layout: Callable[[list[Path], Path], None] | None = None
+    """Writes its files in another form too, into a folder beside the documents."""
     max_bytes: int | None = None
     """No more text than this unless the person says so."""
 
@@ -92,7 +95,8 @@ RECIPES = {
                      options=ReadOptions(format="alpaca")),  # its rows have a ready-made text too
     "dolly": Recipe("Dolly 15k: instructions written by people", "CC-BY-SA-3.0", "13 MB", **_hub("databricks/databricks-dolly-15k", "*.jsonl")),
     "gsm8k": Recipe("GSM8K: word problems, worked out", "MIT", "2 MB", **_hub("openai/gsm8k", "main/train-*.parquet")),
-    "mmlu": Recipe("MMLU: multiple choice in 57 subjects. Its test split; for training take auxiliary data", "MIT", "4 MB",
-                   **_hub("cais/mmlu", "all/test-*.parquet"), options=ReadOptions(format="choice")),
+    "mmlu": Recipe("MMLU: multiple choice in 57 subjects, to evaluate with; also as a folder in its own layout", "MIT", "4 MB",
+                   **_hub("cais/mmlu", "all/dev-*.parquet", "all/validation-*.parquet", "all/test-*.parquet"),
+                   options=ReadOptions(format="choice"), layout=write_layout),
     "pystdlib": Recipe("This Python's own sources: no download", "PSF", "none", local=python_standard_library, max_bytes=16_000_000),
 }  # fmt: skip

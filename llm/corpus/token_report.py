@@ -4,7 +4,7 @@ from collections.abc import Iterable
 
 from llm.corpus.conversations import Template
 from llm.corpus.documents import Document
-from llm.log import log
+from llm.log import result
 from llm.tokenizer import IM_END, IM_START, Tokenizer
 from llm.tokenizer.train import held_out
 
@@ -13,7 +13,7 @@ MAX_SOURCES = 20
 
 
 def report_tokens(documents: Iterable[Document], template: Template, tokenizer: Tokenizer, other: Tokenizer | None) -> None:
-    """Log bytes per token of each source on text that was not trained on, up to SOURCE_BYTES each; `other`: to compare with."""
+    """Tell bytes per token of each source on text that was not trained on, up to SOURCE_BYTES each; `other`: to compare with."""
     texts: dict[str, list[bytes]] = {}
     for document in documents:
         of_source = texts.setdefault(document.source, [])
@@ -22,13 +22,13 @@ def report_tokens(documents: Iterable[Document], template: Template, tokenizer: 
     measured = {source: pieces for source, pieces in texts.items() if pieces}
     shown = sorted(measured, key=lambda source: -sum(map(len, measured[source])))[:MAX_SOURCES]
     for source in shown:
-        log.info(f"  {source}: {_bytes_per_token(measured[source], tokenizer, other)}")
+        result(f"  {source}: {_bytes_per_token(measured[source], tokenizer, other)}")
     if len(measured) > 1:
         among = f", the largest {len(shown)} of which are shown" if len(shown) < len(measured) else ""
-        log.info(f"all {len(measured):,} sources{among}: {_bytes_per_token(sum(measured.values(), []), tokenizer, other)}")
+        result(f"all {len(measured):,} sources{among}: {_bytes_per_token(sum(measured.values(), []), tokenizer, other)}")
     spelled = sum(len(tokenizer.encode(name)) for name in (IM_START, IM_END))
     if {IM_START, IM_END} <= tokenizer.special_ids.keys():
-        log.info(f"chat: a turn is marked by 2 special tokens, which would be {spelled} if spelled out: {spelled - 2} tokens saved each turn")
+        result(f"chat: a turn is marked by 2 special tokens, which would be {spelled} if spelled out: {spelled - 2} tokens saved each turn")
 
 
 def _bytes_per_token(pieces: list[bytes], tokenizer: Tokenizer, other: Tokenizer | None) -> str:

@@ -35,12 +35,16 @@ class Manifest:
 
     def takes(self, template: dict | None) -> bool:
         """Whether conversations written with this template may stand beside those that are there; its name does not matter."""
-        forms = [{key: value for key, value in t.items() if key != "name"} for t in (self.template, template) if t]
-        return len(forms) < 2 or forms[0] == forms[1]
+        return not (self.template and template) or same_form(self.template, template)
 
     @property
     def manifest_id(self) -> str:
         return sha256_of(FORMAT, sorted(shard["shard_id"] for shard in self.shards))
+
+
+def same_form(template: dict, other: dict) -> bool:
+    """Whether two chat templates write the same, whatever they are called."""
+    return template | {"name": ""} == other | {"name": ""}
 
 
 def load_manifest(folder: Path | str) -> Manifest:

@@ -1,6 +1,7 @@
 """What the ledger says, in the terms of people: which files, how much of them, and whether a text was trained on."""
 
 from dataclasses import asdict
+from itertools import islice
 
 import numpy as np
 
@@ -32,6 +33,21 @@ def seen_view(ledger: Ledger, earlier: dict | None = None) -> dict:
     """
     known = {phase["plan"]: phase for phase in (earlier or {"phases": []})["phases"]}
     return {"phases": [_phase_view(phase, known.get(phase.plan_id()), phase is ledger.open_phase) for phase in ledger.phases]}
+
+
+def view_lines(view: dict) -> list[str]:
+    """`seen_view` as lines of text."""
+    lines = []
+    for phase in view["phases"]:
+        steps = f"steps {phase['first_step']:,} to {phase['last_step']:,}" if phase["first_step"] else "not begun"
+        done = f"{phase['percent_done']:.2f} % of {phase['epochs']} epochs"
+        lines.append(f"\nphase {phase['phase']} ({phase['dataset']}), {phase['state']}: {done}, {steps}")
+        files = iter(phase["files"])
+        for share in phase["shares"]:
+            if len(phase["shares"]) > 1:
+                lines.append(f"  {share['percent_of_draws']:6.2f} %  of the samples from {share['name']}:")
+            lines += [f"  {file['percent_seen']:6.2f} %  {file['tokens']:>14,} tokens  {file['file']}" for file in islice(files, share["files"])]
+    return lines
 
 
 def _phase_view(phase: Phase, earlier: dict | None, is_open: bool) -> dict:

@@ -84,6 +84,17 @@ class DeepSpeedEngine:
         self.engine.train()
         return loss, count_targets(batch)
 
+    def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        if self.stage < 3:
+            return ((name, p.detach()) for name, p in self.named)
+        return ((name, self._gathered(p)) for name, p in self.named)
+
+    def _gathered(self, parameter: nn.Parameter) -> torch.Tensor:
+        import deepspeed
+
+        with deepspeed.zero.GatheredParameters([parameter]):
+            return parameter.detach().clone()
+
     def local_slices(self) -> Iterator[Slice]:
         for name, flat, at, start, numel in self._fragments():
             for kind in KINDS:

@@ -4,11 +4,11 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llm.config import EngineConfig, RunConfig, batch_plan
+from llm.config import EngineConfig, RunConfig, batch_plan, shipped
 from llm.dist import World
 from llm.engine.protocol import EngineError
 
-FOLDER = Path(__file__).resolve().parents[2] / "ds_configs"
+FOLDER = shipped("ds_configs")
 BUCKET_ELEMENTS = 80_000_000
 
 

@@ -85,6 +85,12 @@ class Engine(Protocol):
     def evaluate(self, batch: Batch) -> tuple[float, int]:
         """This rank's (summed loss, counted targets). Under ZeRO-3 collective: as many calls on every rank."""
 
+    def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        """Name and fp32 value of every parameter, on this rank's device, not to be written to. Collective.
+
+        They are the engine's own, good until the next step; under ZeRO-3 copies.
+        """
+
     def local_slices(self) -> Iterator[Slice]:
         """This rank's own pieces of weights and moments; over all ranks they cover each parameter exactly once."""
 

@@ -74,6 +74,9 @@ class TorchEngine:
         self.model.train()
         return loss, count_targets(batch)
 
+    def whole_weights(self) -> Iterator[tuple[str, torch.Tensor]]:
+        return ((name, p.detach()) for name, p in self.model.named_parameters())
+
     def local_slices(self) -> Iterator[Slice]:
         for name, kind, whole in self._tensors():
             share = -(-whole.numel() // self.world.size)

@@ -89,15 +89,14 @@ def _shared_prefix(model: Transformer, requests: Sequence[tuple[Row, Row]]) -> K
     shared = shared[: min(len(row) - len(targets) for row, targets in requests)]  # each first answer is read from behind it
     if len(requests) < 2 or len(shared) < WORTH_SHARING * max(len(row) for row, _ in requests):
         return None
-    weight = model.head.weight
-    cache = KVCache(model.cfg, 1, weight.device, weight.dtype)
-    model.hidden(torch.tensor([shared], device=weight.device), cache)
+    cache = KVCache(model.cfg, 1, model.device, model.dtype, room=len(shared))
+    model.hidden(torch.tensor([shared], device=model.device), cache)
     return cache
 
 
 def batch_tokens(model: Transformer) -> int:
     """How many tokens to read at a time where the model is."""
-    return CPU_BATCH_TOKENS if model.head.weight.device.type == "cpu" else GPU_BATCH_TOKENS
+    return CPU_BATCH_TOKENS if model.device.type == "cpu" else GPU_BATCH_TOKENS
 
 
 def _batches(rows: list[Row], n_shared: int, n_tokens: int) -> Iterator[list[Row]]:
@@ -110,10 +109,10 @@ def _batches(rows: list[Row], n_shared: int, n_tokens: int) -> Iterator[list[Row
 
 
 def _score_rows(model: Transformer, rows: list[Row], requests: list[tuple[Row, Row]], prefix: KVCache | None) -> list[Score]:
-    device, n_shared = model.head.weight.device, prefix.length if prefix else 0
+    device, n_shared = model.device, prefix.length if prefix else 0
     width = len(rows[0]) - n_shared  # the longest is first; padding stands behind, where no token looks
     tokens_BT = torch.tensor([row[n_shared:] + (0,) * (width - len(row) + n_shared) for row in rows], device=device)
-    hidden_BTD = model.hidden(tokens_BT, _repeated(model, prefix, len(rows)) if prefix else None)
+    hidden_BTD = model.hidden(tokens_BT, _repeated(model, prefix, len(rows), width) if prefix else None)
     index = {row: at for at, row in enumerate(rows)}
     places = [(index[row], len(row) - len(targets) - n_shared + i) for row, targets in requests for i in range(len(targets))]
     row_N, place_N = torch.tensor(places, device=device).T
@@ -123,8 +122,9 @@ def _score_rows(model: Transformer, rows: list[Row], requests: list[tuple[Row, R
     return [Score(sum(p), all(h)) for p, h in zip(_split(log_probs, lengths), _split(hits, lengths), strict=True)]
 
 
-def _repeated(model: Transformer, prefix: KVCache, rows: int) -> KVCache:
-    cache = KVCache(model.cfg, rows, prefix.k_LBGSK.device, prefix.k_LBGSK.dtype)
+def _repeated(model: Transformer, prefix: KVCache, rows: int, more: int) -> KVCache:
+    """`prefix` for each of so many rows, with room for `more` tokens."""
+    cache = KVCache(model.cfg, rows, model.device, model.dtype, room=prefix.length + more)
     cache.k_LBGSK[:, :, :, : prefix.length] = prefix.k_LBGSK[:, :, :, : prefix.length]
     cache.v_LBGSK[:, :, :, : prefix.length] = prefix.v_LBGSK[:, :, :, : prefix.length]
     cache.length = prefix.length

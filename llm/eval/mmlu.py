@@ -149,6 +149,11 @@ def summary(subjects: dict[str, list[int]]) -> dict[str, dict]:
     return found | {"all": _pooled(list(subjects.values())), "macro": macro}
 
 
+def flat(totals: dict[str, dict]) -> dict[str, float]:
+    """`summary` as metrics with names."""
+    return {f"{name}{suffix}": values[key] for name, values in totals.items() for key, suffix in (("acc", ""), ("stderr", "_stderr"))}
+
+
 def accuracy(correct: list[int]) -> dict:
     """Mean, standard error and number of 0s and 1s."""
     n, mean = len(correct), sum(correct) / len(correct)

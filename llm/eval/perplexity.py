@@ -30,7 +30,15 @@ def is_shards(path: Path) -> bool:
 
 
 def of_text(model: Transformer, tokenizer: Tokenizer, texts: Iterable[str], stride: int | None = None) -> dict[str, float]:
-    """{"loss", "perplexity", "bits_per_byte", "tokens", "bytes"} over all texts. Each begins behind an end-of-text and counts every token once.
+    """{"loss", "perplexity", "bits_per_byte", "tokens", "bytes"} over all texts, as `text_sums` reads them."""
+    nats, n_tokens, n_bytes = text_sums(model, tokenizer, texts, stride)
+    if not n_tokens:
+        raise UserError("There is no text to measure: what was given holds no characters.")
+    return named(nats, n_tokens, n_bytes) | {"tokens": n_tokens, "bytes": n_bytes}
+
+
+def text_sums(model: Transformer, tokenizer: Tokenizer, texts: Iterable[str], stride: int | None = None) -> tuple[float, int, int]:
+    """(nats, tokens, bytes) of all texts. Each begins behind an end-of-text and counts every token once.
 
     `stride` (seq_len / 2): how many tokens a window adds; the others of seq_len are only read.
     """
@@ -42,9 +50,12 @@ def of_text(model: Transformer, tokenizer: Tokenizer, texts: Iterable[str], stri
         while some := list(islice(pairs, WINDOWS_AT_A_TIME)):
             nats -= sum(found.log_likelihood for found in score(model, some))
             n_tokens += sum(len(continuation) for _, continuation in some)
-    if not n_tokens:
-        raise UserError("There is no text to measure: what was given holds no characters.")
-    return _named(nats / n_tokens, nats / math.log(2) / n_bytes) | {"tokens": n_tokens, "bytes": n_bytes}
+    return nats, n_tokens, n_bytes
+
+
+def named(nats: float, n_tokens: int, n_bytes: int) -> dict[str, float]:
+    """{"loss", "perplexity", "bits_per_byte"} of sums."""
+    return _named(nats / n_tokens, nats / math.log(2) / n_bytes)
 
 
 def of_files(model: Transformer, tokenizer: Tokenizer, paths: list[Path], options: ReadOptions, stride: int | None = None) -> dict[str, float]:
@@ -72,7 +83,7 @@ def of_shards(
 
 @torch.inference_mode()
 def _loss_sum(model: Transformer, batch: Batch, bar: Progress) -> tuple[float, int]:
-    loss = model(**model_inputs(batch, model.head.weight.device))
+    loss = model(**model_inputs(batch, model.device))
     bar.advance(int((batch.samples >= 0).sum()))
     return loss.item(), int((batch.targets_BT >= 0).sum())
 

@@ -6,7 +6,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from llm import durable
-from llm.log import UserError, log
+from llm.log import UserError, log, result
 
 
 class Results:
@@ -62,4 +62,4 @@ def print_table(heads: list[str], rows: list[list[str]]) -> None:
     """The first column to the left, the others to the right."""
     widths = [max(map(len, column)) for column in zip(heads, *rows, strict=True)]
     for row in [heads, ["-" * width for width in widths], *rows]:
-        log.info("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))))
+        result("  ".join(cell.ljust(width) if i == 0 else cell.rjust(width) for i, (cell, width) in enumerate(zip(row, widths, strict=True))))

@@ -7,7 +7,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 
 import torch
 
-from llm.generate.sampling import Sampling, pick
+from llm.generate.sampling import Sampling, pick_rows
 from llm.model.kv_cache import KVCache
 from llm.model.transformer import Transformer
 from llm.tokenizer.protocol import Tokenizer
@@ -39,28 +39,30 @@ def generate_rows(
     needs padding or a mask, and each gets what it would get alone. Row r draws from seed + r.
     Of a prompt longer than the context the end is used. Text longer than the context goes on from its last half.
     """
-    seq_len, weight = model.cfg.seq_len, model.head.weight
-    cache = KVCache(model.cfg, len(prompts), weight.device, weight.dtype)
+    seq_len = model.cfg.seq_len
     generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]  # on the CPU, for the same draws on every device
     rows = [[int(i) for i in prompt][-seq_len:] for prompt in prompts]
     ends = [len(row) + max_tokens for row in rows]
-    unfinished = set(range(len(rows))) if max_tokens > 0 else set()
+    cache = KVCache(model.cfg, len(prompts), model.device, model.dtype, room=min(seq_len, max(ends)))
+    unfinished = list(range(len(rows))) if max_tokens > 0 else []
     start, stop = 0, min(map(len, rows))  # what is read next
     while unfinished:
         if cache.length + stop - start > seq_len:
             cache.length, start = 0, stop - max(1, seq_len // 2)
-        last_BD = model.hidden(torch.tensor([row[start:stop] for row in rows], device=weight.device), cache)[:, -1]
-        logits_BV = model.head(last_BD)[:, : tokenizer.vocab_size].float().cpu()  # columns that only pad the vocabulary never win
-        for r, row in enumerate(rows):
-            if len(row) > stop:
-                continue  # its prompt goes on
-            row.append(pick(logits_BV[r], sampling, generators[r], row) if r in unfinished else tokenizer.eos_id)
-            if row[-1] == tokenizer.eos_id or row[-1] in stop_ids:
-                unfinished.discard(r)
-            elif r in unfinished:
-                yield r, row[-1]
-            if len(row) == ends[r]:
-                unfinished.discard(r)
+        hidden_BTD = model.hidden(torch.tensor([row[start:stop] for row in rows], device=model.device), cache)
+        if due := [r for r in unfinished if len(rows[r]) == stop]:  # the prompts of others go on
+            logits_BV = model.head(hidden_BTD[due, -1])[:, : tokenizer.vocab_size]  # columns that only pad the vocabulary never win
+            picked = pick_rows(logits_BV, sampling, [generators[r] for r in due], [rows[r] for r in due])
+            for r, token in zip(due, picked, strict=True):
+                rows[r].append(token)
+                is_end = token == tokenizer.eos_id or token in stop_ids
+                if not is_end:
+                    yield r, token
+                if is_end or len(rows[r]) == ends[r]:
+                    unfinished.remove(r)
+        for row in rows:
+            if len(row) == stop:  # finished: it is read on with the others, and nobody looks
+                row.append(tokenizer.eos_id)
         start, stop = stop, stop + 1
 
 

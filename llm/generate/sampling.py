@@ -37,6 +37,13 @@ class Sampling:
             raise UserError(f"repetition-penalty is {self.repetition_penalty}, but should be above 0; 1 changes nothing, 1.1 is common.")
 
 
+def pick_rows(logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Generator], written: Sequence[Sequence[int]]) -> list[int]:
+    """`pick` for each row. The likeliest tokens are found where the logits are, all at once."""
+    if sampling.temperature == 0 and sampling.repetition_penalty == 1:
+        return logits_BV.float().argmax(dim=-1).tolist()  # in bf16 it takes a CPU 10 times as long
+    return [pick(logits_V, sampling, *own) for logits_V, *own in zip(logits_BV.float().cpu(), generators, written, strict=True)]
+
+
 def pick(logits_V: Tensor, sampling: Sampling, generator: torch.Generator, written: Sequence[int] = ()) -> int:
     """One id drawn from fp32 logits on the generator's device. `written`: the text so far, for the repetition penalty."""
     if sampling.repetition_penalty != 1 and len(written):
@@ -46,15 +53,15 @@ def pick(logits_V: Tensor, sampling: Sampling, generator: torch.Generator, writt
         logits_V = logits_V.index_copy(0, ids, torch.where(seen > 0, seen / penalty, seen * penalty))
     if sampling.temperature == 0:
         return int(logits_V.argmax())
-    logits_V = logits_V / sampling.temperature
+    logits, ids = logits_V / sampling.temperature, None  # from here on of the candidates alone
     if sampling.top_k is not None:
-        weakest = logits_V.topk(min(sampling.top_k, len(logits_V))).values[-1]
-        logits_V = logits_V.masked_fill(logits_V < weakest, float("-inf"))
-    probs_V = logits_V.softmax(dim=-1)
+        logits, ids = logits.topk(min(sampling.top_k, len(logits)))
+    probs = logits.softmax(dim=-1)
     if sampling.top_p is not None:
-        sorted_probs, order = probs_V.sort(descending=True)
+        sorted_probs, order = probs.sort(descending=True)
         beyond = sorted_probs.cumsum(dim=-1) - sorted_probs >= sampling.top_p  # the first always stays
-        probs_V = probs_V.index_fill(0, order[beyond], 0.0)
+        probs = probs.index_fill(0, order[beyond], 0.0)
     if sampling.min_p is not None:
-        probs_V = probs_V.masked_fill(probs_V < sampling.min_p * probs_V.max(), 0.0)
-    return int(torch.multinomial(probs_V, 1, generator=generator))
+        probs = probs.masked_fill(probs < sampling.min_p * probs.max(), 0.0)
+    chosen = torch.multinomial(probs, 1, generator=generator)
+    return int(chosen if ids is None else ids[chosen])

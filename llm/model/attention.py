@@ -97,5 +97,5 @@ class Attention(nn.Module):
         q_BHTK, k_BGSK, v_BGSK = (x.transpose(1, 2) for x in (q_BTHK, k_BTGK, v_BTGK))
         if remember is not None:
             k_BGSK, v_BGSK = remember(k_BGSK, v_BGSK)
-        y_BHTK = self.attend(q_BHTK, k_BGSK, v_BGSK, self.window, mask_B1TT)
-        return self.out(y_BHTK.transpose(1, 2).reshape(B, T, -1))
+        y_BHTK = self.attend(q_BHTK.to(k_BGSK.dtype), k_BGSK, v_BGSK, self.window, mask_B1TT)  # a cache may be more exact
+        return self.out(y_BHTK.transpose(1, 2).reshape(B, T, -1).to(q_BHTK.dtype))

@@ -33,9 +33,13 @@ class Head(Linear):
         With z_loss, so much of the square of ln Z is added for each of them, Z the softmax's denominator; PaLM, arXiv 2204.02311, section 5.
         """
         if targets_BT is None:
-            logits = super().forward(x)
-            return logits if self.softcap is None else self.softcap * torch.tanh(logits / self.softcap)
+            return capped(super().forward(x), self.softcap)
         return _HeadLoss.apply(x.flatten(0, -2), self.weight, self.bias, targets_BT.flatten(), self, z_loss, torch.is_grad_enabled())
+
+
+def capped(logits: Tensor, softcap: float | None) -> Tensor:
+    """Held between -softcap and softcap; Gemma 2, arXiv 2408.00118, section 2."""
+    return logits if softcap is None else softcap * torch.tanh(logits / softcap)
 
 
 class _HeadLoss(torch.autograd.Function):

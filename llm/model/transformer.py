@@ -56,12 +56,21 @@ class Transformer(nn.Module):
         if cfg.tie_embeddings:
             self.head.weight = self.embed.weight
 
+    @property
+    def device(self) -> torch.device:
+        return self.embed.weight.device
+
+    @property
+    def dtype(self) -> torch.dtype:
+        return self.embed.weight.dtype
+
     def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: KVCache | None = None, doc_ids_BT: Tensor | None = None) -> Tensor:
         """With targets the fp32 sum of cross-entropy (in training with z-loss) over those that are not -100, else logits_BTV.
 
         With doc_ids, tokens see only those of their own document, and positions begin with it.
         """
-        return self.head(self.hidden(tokens_BT, cache, doc_ids_BT), targets_BT, self.cfg.z_loss if self.training else 0.0)
+        hidden_BTD = self.hidden(tokens_BT, cache, doc_ids_BT)
+        return self.head(hidden_BTD) if targets_BT is None else self.head(hidden_BTD, targets_BT, self.cfg.z_loss if self.training else 0.0)
 
     def hidden(self, tokens_BT: Tensor, cache: KVCache | None = None, doc_ids_BT: Tensor | None = None) -> Tensor:
         """What the head reads, [B, T, D]. With a cache the tokens follow those it holds, and are added to it."""

@@ -8,38 +8,35 @@ import tokenizers
 from llm.tokenizer.byte_level import BYTE_OF
 from llm.tokenizer.gpt2 import TiktokenTokenizer
 from llm.tokenizer.huggingface import FILE
-from llm.tokenizer.protocol import IM_END, IM_START, SPECIAL_TOKENS, Tokenizer
-
-CHATML = (
-    f"{{% for message in messages %}}{{{{ '{IM_START}' + message['role'] + '\n' + message['content'] + '{IM_END}\n' }}}}{{% endfor %}}"
-    f"{{% if add_generation_prompt %}}{{{{ '{IM_START}assistant\n' }}}}{{% endif %}}"
-)
+from llm.tokenizer.protocol import SPECIAL_TOKENS, Tokenizer
 
 
-def write_tokenizer(tokenizer: Tokenizer, folder: Path, seq_len: int) -> None:
-    """Its tokenizer.json, and what it was imported with beside it or else a tokenizer_config.json of our own."""
+def write_tokenizer(tokenizer: Tokenizer, folder: Path, seq_len: int, chat_template: str | None = None) -> None:
+    """Its tokenizer.json, and what it was imported with beside it or else a tokenizer_config.json of our own.
+
+    `chat_template`: as Jinja, instead of what it was imported with; None: there is none but that.
+    """
     if isinstance(tokenizer, TiktokenTokenizer):
         (folder / FILE).write_text(gpt2_json(tokenizer), encoding="utf-8")
     else:
         tokenizer.save(folder)
-    if not (folder / "tokenizer_config.json").exists():
-        (folder / "tokenizer_config.json").write_text(json.dumps(_config(tokenizer, seq_len), indent=2) + "\n", encoding="utf-8")
+    path = folder / "tokenizer_config.json"
+    config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else _config(tokenizer, seq_len)
+    if chat_template:
+        config["chat_template"] = chat_template
+        (folder / "chat_template.jinja").unlink(missing_ok=True)  # it would go before
+    path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
 
 
 def _config(tokenizer: Tokenizer, seq_len: int) -> dict:
     names = {token_id: name for name, token_id in tokenizer.special_ids.items()}
-    config = {
+    return {
         "tokenizer_class": "PreTrainedTokenizerFast",
         "eos_token": names[tokenizer.eos_id],
         "pad_token": names[tokenizer.pad_id],
         "model_max_length": seq_len,
         "clean_up_tokenization_spaces": False,
     }
-    return config | ({"chat_template": CHATML} if speaks_chatml(tokenizer) else {})
-
-
-def speaks_chatml(tokenizer: Tokenizer) -> bool:
-    return {IM_START, IM_END} <= tokenizer.special_ids.keys()
 
 
 def gpt2_json(tokenizer: TiktokenTokenizer) -> str:

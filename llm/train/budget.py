@@ -1,6 +1,7 @@
 """How long this sitting may go on, and how many steps the phase and the run have."""
 
 import time
+from collections.abc import Callable
 from dataclasses import dataclass, field
 
 from llm.config import ConfigError, RunConfig
@@ -23,6 +24,7 @@ class Sitting:
     validating_s: float = 0.0
     slowest_save_s: float = 5.0
     _last_step_at: float = field(default_factory=time.monotonic)
+    _first_step_at: float = 0.0
     _slowest_step_s: float = 0.0
 
     def __post_init__(self):
@@ -35,9 +37,32 @@ class Sitting:
         now = time.monotonic()
         if self.steps_done:  # the first step compiles and warms up: it says nothing about the next
             self._slowest_step_s = max(self._slowest_step_s, now - self._last_step_at)
+        else:
+            self._first_step_at = now
         self._last_step_at = now
         self.steps_done += 1
         self.tokens_done += tokens
+
+    @property
+    def pace_s(self) -> float:
+        """Seconds a step, validation and saving included; 0.0 before the second one."""
+        return (self._last_step_at - self._first_step_at) / (self.steps_done - 1) if self.steps_done > 1 else 0.0
+
+    def left_s(self, steps: int) -> float:
+        """Seconds until this sitting ends, which has at most `steps` to go."""
+        left = [steps * self.pace_s]
+        if self.minutes is not None:
+            left.append(60 * self.minutes - (time.monotonic() - self.started_at))
+        if self.tokens is not None and self.tokens_done:
+            left.append((self.tokens - self.tokens_done) / self.tokens_done * self.steps_done * self.pace_s)
+        return max(0.0, min(left))
+
+    def validation(self, work: Callable[[], dict[str, float]]) -> dict[str, float]:
+        """What `work` gives, its time counted."""
+        began = time.monotonic()
+        result = work()
+        self.validating_s += time.monotonic() - began
+        return result
 
     def over(self) -> str | None:
         """Why the sitting should end before another step, or None."""

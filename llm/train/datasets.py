@@ -1,9 +1,11 @@
 """The configured datasets as open shards, the same on every rank and made with the run's tokenizer."""
 
 import hashlib
+from collections import Counter
 from pathlib import Path
 
 from llm.config import ConfigError, RunConfig
+from llm.data.ledger import Ledger
 from llm.data.manifest import check_compatible, find_shards, import_ids
 from llm.data.shards import Shard
 from llm.dist import World
@@ -29,6 +31,26 @@ def open_shards(cfg: RunConfig, tokenizer: Tokenizer, world: World) -> tuple[dic
 def pool(datasets: dict[str, list[Shard]]) -> list[Shard]:
     """All shards, those that several datasets hold once."""
     return list({s.meta.shard_id: s for found in datasets.values() for s in found}.values())
+
+
+class DatasetTokens:
+    """Counts the tokens that a run's draws took from each of its datasets."""
+
+    def __init__(self, datasets: dict[str, list[Shard]]):
+        # a shard that several hold is the first one's, as in `phases`
+        self._names = {s.meta.shard_id: name for name, found in reversed(datasets.items()) for s in found}
+        self._drawn = {}  # phase name -> (draws counted so far, how many of them each shard gave)
+
+    def of(self, ledger: Ledger) -> dict[str, int]:
+        """Since step 0, as of `ledger`. A draw counts as an even part of its shard's tokens but the first, so whole passes count each once."""
+        tokens = Counter()
+        for phase in ledger.phases:
+            counted, draws = self._drawn.get(phase.name, (0, 0))
+            draws = draws + phase.draw_counts(counted, phase.consumed)
+            self._drawn[phase.name] = phase.consumed, draws
+            for shard, n in zip(phase.shards, draws.tolist(), strict=True):
+                tokens[self._names.get(shard.shard_id, "not_configured")] += n * (shard.n_tokens - 1) / max(1, shard.n_samples)
+        return {name: round(n) for name, n in tokens.items()}
 
 
 def _shard_path(cfg: RunConfig, path: str, tokenizer: Tokenizer) -> str:

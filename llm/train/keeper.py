@@ -17,6 +17,7 @@ from llm.checkpoint.resume import Checkpoint
 from llm.checkpoint.retention import Retention, apply_retention
 from llm.checkpoint.saver import Save
 from llm.checkpoint.staging import Staging
+from llm.checkpoint.template import write_template
 from llm.config import BatchPlan, RunConfig, interval_steps
 from llm.data.ledger import Ledger
 from llm.data.seen import seen_view
@@ -42,11 +43,13 @@ class Keeper:
         parent: Checkpoint | None,
         lock: RunLock,
         probe: Probe,
+        template: dict | None,
         is_fork: bool = False,
     ):
-        """`parent`: where the run goes on from; with `is_fork` it is another run's, and this one begins its own history there."""
+        """`parent`: where the run goes on from; with `is_fork` it is another run's, and this one begins its own history there. `template`:
+        of the conversations it is trained on."""
         self.cfg, self.plan, self.world, self.engine, self.tokenizer = cfg, plan, world, engine, tokenizer
-        self.lock, self.probe = lock, probe
+        self.lock, self.probe, self.template = lock, probe, template
         self.run = cfg.run_folder
         self.run_id = parent.manifest.run_id if parent and not is_fork else world.broadcast(uuid.uuid4().hex)
         self.attempt = world.on_rank_0(lock.take)  # the lock's token: attempts that never saved count too
@@ -128,13 +131,15 @@ class Keeper:
     def _add_tokenizer(self, checkpoint: Path) -> None:
         (checkpoint / "tokenizer").mkdir()
         self.tokenizer.save(checkpoint / "tokenizer")
+        if self.template:
+            write_template(checkpoint, self.template)
 
     def _after_commit(self, path: Path) -> None:
         """What may fail without harm: the checkpoint is committed already."""
         try:
             self.view = seen_view(self._ledger, self.view)
             self.lock.check()  # thinning and deleting in a folder that is another job's now could take what it stands on
-            durable.write_text(self.run / "seen_datasets.json", json.dumps(self.view, indent=2) + "\n")
+            write_view(self.run, self.view)
             protect = {path} | ({self.resumed_from} if self.resumed_from else set())
             apply_retention(self.run, self._retention(), protect, folder.other_branches(self.run, self.attempt, self.lineage))
         except (OSError, LockLost) as error:
@@ -145,3 +150,8 @@ class Keeper:
         keep, phase = self.cfg.checkpoint, self._ledger.phases[-1]
         every = interval_steps(keep.keep_every, horizon(self.cfg, phase, self.plan.global_rows, self.saved_step).length)
         return Retention(keep.keep_last, keep.keep_best, keep.keep_epochs, every, keep.thin)
+
+
+def write_view(run: Path, view: dict) -> None:
+    """What the run has seen, for people."""
+    durable.write_text(run / "seen_datasets.json", json.dumps(view, indent=2) + "\n")

@@ -67,6 +67,7 @@ def train_phase(
     stop: StopFlag,
     metrics: Metrics,
     validate: Callable[[], dict[str, float]] | None,
+    measure: Callable[[], dict[str, float]] | None,
     keeper: "Keeper",
     watchdog: Watchdog,
 ) -> str:
@@ -76,7 +77,8 @@ def train_phase(
     """
     phase = at.ledger.open_phase
     over = horizon(cfg, phase, plan.global_rows, at.step)
-    save_every, eval_every = (interval_steps(i, over.length) for i in (cfg.checkpoint.save_every, cfg.train.eval_every))
+    intervals = cfg.checkpoint.save_every, cfg.train.eval_every, cfg.eval.every
+    save_every, eval_every, tasks_every = (interval_steps(interval, over.length) for interval in intervals)
     saved_step, failed_saves, why = at.step, 0, None
     refused = refused_in_a_row([s.step for s in phase.skipped if s.reason != NO_TARGETS], at.step)
     if not phase.consumed:
@@ -92,6 +94,7 @@ def train_phase(
             step = watchdog.during("saving", part)()
             if step is not None:
                 saved_step, failed_saves = step, 0
+                metrics.seen(step, keeper.view)
         except Fenced as error:
             raise NeedsAPerson(f"The {error}. The last one is of step {saved_step:,}.") from None
         except SaveFailed as error:
@@ -110,7 +113,8 @@ def train_phase(
 
     while True:
         watchdog.step_boundary(at.step)
-        started_at = time.perf_counter()
+        metrics.profiler.before(at.step + 1)
+        started_at, saved_for_s = time.perf_counter(), sitting.saving_s
         drawn, problem = at.ledger.open_phase.consumed, None
         try:
             batches = stream.step(drawn)
@@ -146,12 +150,13 @@ def train_phase(
         at.step, at.updates = at.step + 1, at.updates + update.applied
         at.tokens_seen += n_targets * update.applied
         sitting.count_step(n_targets * update.applied)
-        seconds = time.perf_counter() - started_at
+        seconds = time.perf_counter() - started_at - (sitting.saving_s - saved_for_s)
+        metrics.profiler.after(at.step)
         stragglers.add(engine.forward_clock.take(), data_wait_s, seconds)
         if update.applied:
             lr = lr_at(cfg.train, over, at.step - 1)
             metrics.step(
-                at.step, loss=update.loss, lr=lr, grad_norm=update.grad_norm, tokens=n_targets, seconds=seconds, data_wait_s=data_wait_s
+                at.step, at.ledger, loss=update.loss, lr=lr, grad_norm=update.grad_norm, tokens=n_targets, seconds=seconds, data_wait_s=data_wait_s
             )
             at.metrics["train_loss"] = update.loss
             if odd := guard.applied(update.loss, update.grad_norm):
@@ -162,10 +167,10 @@ def train_phase(
         collect_garbage(at.step)
         at.epoch_end = phase.passes(drawn + rows) > phase.passes(drawn)
         done = at.ledger.open_phase is None or at.step == over.end
+        if measure and ((tasks_every and at.step % tasks_every == 0) or done):
+            metrics.tasks(at.step, sitting.validation(measure))
         if validate and ((eval_every and at.step % eval_every == 0) or done):
-            validation_began = time.monotonic()
-            result = validate()
-            sitting.validating_s += time.monotonic() - validation_began
+            result = sitting.validation(validate)
             metrics.validation(at.step, result)
             at.metrics["val_loss"], at.metrics["val_step"] = result["loss"], float(at.step)
         elif at.metrics.get("val_step") != at.step:

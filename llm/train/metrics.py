@@ -1,32 +1,50 @@
-"""What a run tells while it runs: a live line, metrics.jsonl, TensorBoard. Rank 0 only; on other ranks everything is silent."""
+"""What a run tells while it runs: a live line, metrics.jsonl, samples.jsonl, TensorBoard. Rank 0 only; on other ranks everything is silent.
+
+Names are group/what, the same in metrics.jsonl and TensorBoard: train, val, speed, time, memory, data, ranks, fault.
+"""
 
 import json
 import time
 from pathlib import Path
 
+import yaml
+
 from llm.config import RunConfig
-from llm.log import LiveLine, log
+from llm.data.ledger import Ledger
+from llm.data.seen import view_lines
+from llm.log import LiveLine, clock, log
+from llm.train.budget import Sitting
+from llm.train.datasets import DatasetTokens
+from llm.train.profiler import StepProfiler
+
+MAX_LINES = 200  # of the ledger, at each checkpoint, in TensorBoard's files
 
 
 class Metrics:
     """Averages steps between two reports. Times are seconds of wall clock."""
 
-    def __init__(self, cfg: RunConfig, *, speaks: bool, flops_per_token: float, peak_flops: float | None):
-        self.cfg, self.speaks = cfg, speaks
-        self.end_step = 0
+    def __init__(
+        self, cfg: RunConfig, sitting: Sitting, by_dataset: DatasetTokens, *, speaks: bool, device: str, flops_per_token: float,
+        peak_flops: float | None,
+    ):  # fmt: skip
+        self.cfg, self.sitting, self.speaks, self.device = cfg, sitting, speaks, device
+        self.end_step = self.run_end_step = 0
+        """The last step of this sitting, at the latest, and of the run as far as is known."""
         self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
         self.first_loss: float | None = None
         self.last_loss: float | None = None
         self.tokens = 0
-        self.started_at = time.perf_counter()
         self.busy_s = 0.0
+        self.profiler = StepProfiler(cfg.log.profile if speaks else None, cfg.log_folder, device)
+        self._by_dataset = by_dataset
         self._window: list[tuple[float, int, float]] = []  # (seconds, tokens, data wait)
+        self._since = self._clocks()
         self._line = LiveLine() if speaks else None
-        folder = cfg.log_folder
-        self._file = open(folder / "metrics.jsonl", "a", encoding="utf-8") if speaks else None  # noqa: SIM115 - until close()
-        self._board = _tensorboard(folder) if speaks and cfg.log.tensorboard else None
+        self._folder = cfg.log_folder
+        self._file = open(self._folder / "metrics.jsonl", "a", encoding="utf-8") if speaks else None  # noqa: SIM115 - until close()
+        self._board = _tensorboard(self._folder) if speaks and cfg.log.tensorboard else None
 
-    def step(self, step: int, *, loss: float, lr: float, grad_norm: float, tokens: int, seconds: float, data_wait_s: float) -> None:
+    def step(self, step: int, ledger: Ledger, *, loss: float, lr: float, grad_norm: float, tokens: int, seconds: float, data_wait_s: float) -> None:
         """One applied update: `step` is the number of steps done, `tokens` the counted targets of the global step."""
         self.first_loss = loss if self.first_loss is None else self.first_loss
         self.last_loss = loss
@@ -39,24 +57,32 @@ class Metrics:
         self._line.show(self._text(step, loss, lr, rate))
         if step % self.cfg.log.log_every and step != self.end_step:
             return
-        waited = sum(w for *_, w in self._window) / sum(s for s, *_ in self._window)
-        values = {"loss": loss, "lr": lr, "grad_norm": grad_norm, "tokens_per_s": rate, "data_wait_share": waited}
+        values = {"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm, "speed/tokens_per_s": rate}
         if self.peak_flops:
-            values["mfu"] = self.mfu(rate)
-        self._write(step, "train", values)
+            values["speed/mfu"] = self.mfu(rate)
+        values |= self._times() | _memory(self.device)
+        values |= {f"data/{name}_tokens": n for name, n in self._by_dataset.of(ledger).items()}
+        self._write(step, values)
         if not self._line.alive:
             log.info(self._text(step, loss, lr, rate))
         self._window.clear()
 
     def validation(self, step: int, values: dict[str, float]) -> None:
         if self.speaks:
-            self._write(step, "val", values)
+            self._write(step, {f"val/{key}": value for key, value in values.items()})
             log.info(f"step {step:,}  validation loss {values['loss']:.4f}, {values['bits_per_byte']:.4f} bits per byte")
+
+    def tasks(self, step: int, values: dict[str, float]) -> None:
+        """What eval.tasks have measured: {"TASK/METRIC": value}."""
+        if self.speaks:
+            self._write(step, {f"eval/{key}": value for key, value in values.items()})
+            shown = [f"{name} {value:.4f}" for name, value in values.items() if name.endswith(("/all", "/bits_per_byte"))]
+            log.info(f"step {step:,}  {', '.join(shown)}")
 
     def ranks(self, step: int, values: dict[str, float]) -> None:
         """How the ranks' own times compare, in seconds a step."""
         if self.speaks:
-            self._write(step, "ranks", values)
+            self._write(step, {f"ranks/{key}": value for key, value in values.items()})
 
     def fault(self, step: int, kind: str, why: str) -> None:
         """Something odd happened in this step: a line of its own in metrics.jsonl, a mark and its reason in TensorBoard."""
@@ -66,6 +92,31 @@ class Metrics:
         if self._board:
             self._board.add_scalar(f"fault/{kind}", 1.0, step)
             self._board.add_text(f"fault/{kind}", why, step)
+
+    def start(self, step: int, record: dict) -> None:
+        """What `note_start` noted."""
+        for name, value in {"config": record["config"], "environment": {key: v for key, v in record.items() if key != "config"}}.items():
+            self.page(name, yaml.safe_dump(value, sort_keys=False), step)
+
+    def samples(self, step: int, texts: dict[str, str]) -> None:
+        """What the model wrote after each of the prompts."""
+        with open(self._folder / "samples.jsonl", "a", encoding="utf-8") as file:
+            for prompt, text in texts.items():
+                print(json.dumps({"step": step, "time": round(time.time(), 3), "prompt": prompt, "text": text}, ensure_ascii=False), file=file)
+        for number, (prompt, text) in enumerate(texts.items(), start=1):
+            self.page(f"samples/{number}", prompt + text, step)
+
+    def seen(self, step: int, view: dict | None) -> None:
+        """What a checkpoint's ledger says; a view of `seen_view`, None on ranks that have none."""
+        if view:
+            lines = view_lines(view)
+            more = [f"and {len(lines) - MAX_LINES:,} lines more: tools/ledger.py show"] if len(lines) > MAX_LINES else []
+            self.page("ledger", "\n".join([*lines[:MAX_LINES], *more]).strip(), step)
+
+    def page(self, name: str, text: str, step: int) -> None:
+        """A plain text for TensorBoard, shown as it is."""
+        if self._board:
+            self._board.add_text(name, "\n".join(f"    {line}" for line in text.splitlines()), step)  # indented: markdown leaves it alone
 
     def mfu(self, tokens_per_s: float) -> float:
         """Model FLOP utilisation, exact-causal count."""
@@ -77,6 +128,7 @@ class Metrics:
         return self.tokens / self.busy_s if self.busy_s else 0.0
 
     def close(self) -> None:
+        self.profiler.close()
         if self._line:
             self._line.close()
         if self._file:
@@ -85,27 +137,48 @@ class Metrics:
             self._board.close()
 
     def _text(self, step: int, loss: float, lr: float, rate: float) -> str:
-        done_s = self.busy_s / max(1, self.tokens)
-        tokens_a_step = self._window[-1][1]
-        left_s = (self.end_step - step) * tokens_a_step * done_s
         mfu = f"  MFU {self.mfu(rate):.1%}" if self.peak_flops else ""
-        return f"step {step:,}/{self.end_step:,}  loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s{mfu}  {clock(left_s)} left"
+        today_s, whole_s = self.sitting.left_s(self.end_step - step), (self.run_end_step - step) * self.sitting.pace_s
+        whole = f", {clock(whole_s)} for the whole run" if whole_s - today_s >= 1 else ""
+        left = f"  {clock(today_s)} left{whole}" if self.sitting.pace_s else ""
+        return f"step {step:,}/{self.end_step:,}  loss {loss:.4f}  lr {lr:.2e}  {rate:,.0f} tokens/s{mfu}{left}"
 
-    def _write(self, step: int, group: str, values: dict[str, float]) -> None:
-        record = {"step": step, "time": round(time.time(), 3)} | {f"{group}/{k}": v for k, v in values.items()}
-        print(json.dumps(record), file=self._file, flush=True)
+    def _clocks(self) -> tuple[float, float, float]:
+        return time.perf_counter(), self.sitting.validating_s, self.sitting.saving_s
+
+    def _times(self) -> dict[str, float]:
+        """Seconds a step, and where all the time since the last report went, as shares of it."""
+        now = self._clocks()
+        all_s, validating_s, saving_s = (b - a for a, b in zip(self._since, now, strict=True))
+        step_s, waited_s = sum(s for s, *_ in self._window), sum(w for *_, w in self._window)
+        self._since = now
+        spent = {"training": step_s - waited_s, "data_wait": waited_s, "validating": validating_s, "saving": saving_s}
+        spent["other"] = max(0.0, all_s - sum(spent.values()))
+        return {"time/step_s": step_s / len(self._window)} | {f"time/{name}_share": s / all_s for name, s in spent.items()}
+
+    def _write(self, step: int, values: dict[str, float]) -> None:
+        print(json.dumps({"step": step, "time": round(time.time(), 3)} | values), file=self._file, flush=True)
         if self._board:
             for key, value in values.items():
-                self._board.add_scalar(f"{group}/{key}", value, step)
+                self._board.add_scalar(key, value, step)
 
 
 def _tensorboard(folder: Path):
     from torch.utils.tensorboard import SummaryWriter
 
-    return SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
+    board = SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
+    board.add_custom_scalars({"training and validation": {"loss": ["Multiline", ["train/loss", "val/loss"]]}})
+    return board
 
 
-def clock(seconds: float) -> str:
-    minutes, s = divmod(int(seconds), 60)
-    hours, m = divmod(minutes, 60)
-    return f"{hours}:{m:02}:{s:02}" if hours else f"{m}:{s:02}"
+def _memory(device: str) -> dict[str, float]:
+    """GB (1e9 bytes) of rank 0: in host memory now and at most so far, and at most on the GPU. Where the system does not say, nothing."""
+    values, status = {}, Path("/proc/self/status")
+    if status.exists():
+        said = dict(line.split(":", 1) for line in status.read_text().splitlines() if line.startswith("Vm"))
+        values = {f"memory/{name}_gb": int(said[key].split()[0]) * 1024 / 1e9 for key, name in (("VmRSS", "host"), ("VmHWM", "host_peak"))}
+    if device.startswith("cuda"):
+        import torch
+
+        values["memory/gpu_peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+    return values

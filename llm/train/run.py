@@ -13,29 +13,37 @@ from llm.checkpoint.saver import SaveFailed
 from llm.config import BatchPlan, ConfigError, RunConfig, batch_plan
 from llm.data.ledger import Ledger
 from llm.data.sampler import Sampler
+from llm.data.seen import seen_view
 from llm.data.shards import Shard
 from llm.data.stream import Stream, eval_batches
 from llm.dist import World
 from llm.engine import Engine, process
 from llm.engine.attention_kernel import attention_kernel, kernels_in_order
-from llm.log import log, route_output
+from llm.engine.protocol import autocast
+from llm.log import log, result, route_output
 from llm.model.flops import count_params, flops_per_token, peak_flops
+from llm.model.transformer import Transformer
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.anneal import CHANGED_BY_ANNEAL, Fork, find_fork
 from llm.train.budget import Sitting, horizon
-from llm.train.datasets import open_shards, pool
+from llm.train.datasets import DatasetTokens, open_shards, pool
 from llm.train.exits import ExitNote
 from llm.train.faults import StopFlag
 from llm.train.fit import fitted
-from llm.train.keeper import Keeper
+from llm.train.keeper import Keeper, write_view
 from llm.train.loop import Progress, train_phase
 from llm.train.metrics import Metrics
 from llm.train.phases import Wish, choose_phase, row_cut
 from llm.train.probe import ACCEPT, Probe, probe_shards
 from llm.train.start import build_loaded_engine, check_identity, open_source, position
+from llm.train.starts import note_start
 from llm.train.summary import tell_sitting
-from llm.train.validate import token_byte_lengths, validate
+from llm.train.template import run_template
+from llm.train.validate import reading_copy, token_byte_lengths, validate
 from llm.train.watchdog import Watchdog
+
+Measure = Callable[[Transformer, Tokenizer, World], dict[str, float]]
+WriteSamples = Callable[[RunConfig, Transformer, Tokenizer], dict[str, str]]
 
 
 @dataclass(frozen=True)
@@ -57,10 +65,15 @@ class Options:
     """Go on from the checkpoint of this step, beside the newer ones."""
     steal_lock: bool = False
     retry_anyway: bool = False
+    write_samples: WriteSamples | None = None
+    """Prompt -> what the model writes after it; asked on rank 0 after each validation."""
 
 
-def train(cfg: RunConfig, world: World, options: Options) -> None:
-    """Train for one sitting. Collective. Raises UserError, the same on every rank."""
+def train(cfg: RunConfig, world: World, options: Options, measure: Measure | None = None) -> None:
+    """Train for one sitting. Collective. Raises UserError, the same on every rank.
+
+    `measure`: what eval.every lets pass over the model, as a collective; it gives the same {"TASK/METRIC": value} on every rank.
+    """
     sitting = world.together(lambda: Sitting(options.started_at, options.steps_today, options.minutes_today, options.tokens_today))
     run_cfg = cfg
     fork = find_fork(world, run_cfg, options.anneal, options.from_step) if options.anneal else None
@@ -69,7 +82,7 @@ def train(cfg: RunConfig, world: World, options: Options) -> None:
     watchdog = Watchdog(cfg.train.hang_timeout_s, world.rank, note.write)
     try:
         with process.settled(world.device, cfg.engine.keep_memory), kernels_in_order(world.device):
-            _train(cfg, world, options, fork, sitting, stop, lock, note, watchdog)
+            _train(cfg, world, options, measure, fork, sitting, stop, lock, note, watchdog)
     except Exception as error:
         if lost := note.failed(error):
             raise lost from error
@@ -84,6 +97,7 @@ def _train(
     cfg: RunConfig,
     world: World,
     options: Options,
+    measure: Measure | None,
     fork: Fork | None,
     sitting: Sitting,
     stop: StopFlag,
@@ -97,7 +111,7 @@ def _train(
     train_shards, val_shards = open_shards(cfg, tokenizer, world)
 
     # a folder that does not exist is not made yet: a mistake found below leaves nothing behind
-    world.on_rank_0(lambda: lock.take(options.steal_lock) if cfg.run_folder.is_dir() else None)
+    world.on_rank_0(lambda: _take_over(cfg.run_folder, lock, options.steal_lock) if cfg.run_folder.is_dir() else None)
     if options.fresh:
         world.on_rank_0(lambda: _move_aside(cfg.run_folder, lock))
     checkpoint = world.together(lambda: newest(world, cfg.run_folder, options.from_step if fork is None else None))
@@ -114,11 +128,14 @@ def _train(
 
     chosen = choose(options.wish)
     if isinstance(chosen, str):
-        log.info(chosen)
+        if checkpoint and not begins:  # whoever saved it may have been killed before it wrote this
+            world.on_rank_0(lambda: write_view(cfg.run_folder, seen_view(at.ledger)))
+        result(chosen)
         return
     if fork:
         world.together(lambda: fork.check_data(chosen, plan.global_rows, at.step))
     source = world.together(lambda: open_source(options.init_from, tokenizer) if checkpoint is None else None)
+    template = world.together(lambda: run_template(train_shards, checkpoint, source, options.accept_change))
     world.on_rank_0(lambda: _make_folders(cfg, lock))
     route_output(cfg.log_folder / f"rank-{world.rank}.log")
     note.begin(at, options.retry_anyway)
@@ -130,18 +147,29 @@ def _train(
     probe = Probe(cfg, plan, world, engine, probe_shards(pool(train_shards), chosen))
     if checkpoint:
         world.together(lambda: probe.check(checkpoint.manifest, ACCEPT in options.accept_change))
-    keeper = Keeper(cfg, plan, world, engine, tokenizer, checkpoint, lock, probe, is_fork=begins)
+    keeper = Keeper(cfg, plan, world, engine, tokenizer, checkpoint, lock, probe, template, is_fork=begins)
     _introduce(cfg, plan, world, checkpoint, at, chosen)
-    metrics = _metrics(cfg, world)
+    metrics = _metrics(cfg, world, sitting, DatasetTokens(train_shards))
+    world.on_rank_0(lambda: metrics.start(at.step, note_start(cfg, world, plan, at.step)))
     validator = _validator(cfg, plan, world, engine, tokenizer, val_shards)
+    if validator and options.write_samples:
+        validate_alone = validator
+
+        def validator() -> dict[str, float]:
+            values = validate_alone()
+            if texts := _write_samples(cfg, world, engine, tokenizer, options.write_samples):
+                metrics.samples(at.step, texts)
+            return values
+
     validator = validator and watchdog.during("validation", validator)
+    measurer = watchdog.during("evaluation", lambda: _measured(cfg, world, engine, tokenizer, measure)) if measure else None
     first_step = at.step
     try:
         while isinstance(chosen, Ledger):
             at.ledger = chosen
-            metrics.end_step = _end_step(cfg, plan, at, sitting)
+            metrics.end_step, metrics.run_end_step = _end_steps(cfg, plan, at, sitting)
             with closing(world.together(lambda: _stream(at.ledger, train_shards, plan, world))) as stream:
-                reason = train_phase(cfg, plan, world, engine, stream, at, sitting, stop, metrics, validator, keeper, watchdog)
+                reason = train_phase(cfg, plan, world, engine, stream, at, sitting, stop, metrics, validator, measurer, keeper, watchdog)
             again = reason == "phase finished" and options.wish.only_new
             chosen = choose(replace(options.wish, reset_epoch=False)) if again else reason
     except Exception:
@@ -153,6 +181,11 @@ def _train(
     if world.rank == 0:
         tell_sitting(cfg, at, sitting, metrics, first_step, chosen, plan.global_rows)
     note.ended(chosen)
+
+
+def _take_over(run: Path, lock: RunLock, by_force: bool) -> None:
+    lock.take(by_force)
+    folder.clean(run)
 
 
 def _move_aside(run: Path, lock: RunLock) -> None:
@@ -173,7 +206,7 @@ def _make_folders(cfg: RunConfig, lock: RunLock) -> None:
             raise LockError(f"{cfg.run_folder}: another job has begun this run in the meantime. Run again to go on from its checkpoint.")
         cfg.log_folder.mkdir(parents=True, exist_ok=True)
         probe.mkdir()
-        folder.clean(cfg.run_folder)
+        probe.rmdir()
     except OSError as error:
         raise ConfigError(
             f"{error.filename or cfg.run_folder}: cannot be written ({error.strerror}). Checkpoints and logs go there: change "
@@ -186,23 +219,28 @@ def _stream(ledger: Ledger, shards: dict[str, list[Shard]], plan: BatchPlan, wor
     return Stream(sampler, plan.global_rows, world.rank, world.size, plan.micro_rows)
 
 
-def _end_step(cfg: RunConfig, plan: BatchPlan, at: Progress, sitting: Sitting) -> int:
-    """The step at which this sitting ends at the latest, for the progress line."""
+def _end_steps(cfg: RunConfig, plan: BatchPlan, at: Progress, sitting: Sitting) -> tuple[int, int]:
+    """The steps at which this sitting and the run end at the latest, for the progress line."""
     phase = at.ledger.open_phase
-    ends = [horizon(cfg, phase, plan.global_rows, at.step).end, at.step + -(-(phase.total - phase.consumed) // plan.global_rows)]
-    if sitting.steps:
-        ends.append(at.step - sitting.steps_done + sitting.steps)
-    return min(ends)
+    run_end = min(horizon(cfg, phase, plan.global_rows, at.step).end, at.step + -(-(phase.total - phase.consumed) // plan.global_rows))
+    today_end = at.step - sitting.steps_done + sitting.steps if sitting.steps else run_end
+    return min(today_end, run_end), run_end
 
 
-def _metrics(cfg: RunConfig, world: World) -> Metrics:
+def _metrics(cfg: RunConfig, world: World, sitting: Sitting, by_dataset: DatasetTokens) -> Metrics:
     peak = None
     if world.device.startswith("cuda"):
         import torch
 
         peak = peak_flops(torch.cuda.get_device_name(world.device))
     return Metrics(
-        cfg, speaks=world.rank == 0, flops_per_token=flops_per_token(cfg.model), peak_flops=peak * world.size if peak else None
+        cfg,
+        sitting,
+        by_dataset,
+        speaks=world.rank == 0,
+        device=world.device,
+        flops_per_token=flops_per_token(cfg.model),
+        peak_flops=peak * world.size if peak else None,
     )
 
 
@@ -217,6 +255,21 @@ def _validator(
         return eval_batches(val_shards, cfg.model.seq_len, plan.micro_rows, world.rank, world.size, cfg.train.eval_rows, **row_cut(cfg))
 
     return lambda: validate(engine, batches, byte_lengths, world)
+
+
+def _write_samples(cfg: RunConfig, world: World, engine: Engine, tokenizer: Tokenizer, write: WriteSamples) -> dict[str, str]:
+    model = reading_copy(cfg, engine, world.device)
+    try:
+        with autocast(cfg.engine.precision, world.device):
+            return write(cfg, model, tokenizer) if world.rank == 0 else {}
+    except Exception as error:  # on this rank alone, and no reason to end training
+        log.warning(f"The sample texts could not be written ({type(error).__name__}: {error}). Training goes on.")
+        return {}
+
+
+def _measured(cfg: RunConfig, world: World, engine: Engine, tokenizer: Tokenizer, measure: Measure) -> dict[str, float]:
+    with autocast(cfg.engine.precision, world.device):
+        return measure(reading_copy(cfg, engine, world.device), tokenizer, world)
 
 
 def _save_after_error(world: World, engine: Engine, keeper: Keeper, at: Progress) -> None:

@@ -5,10 +5,10 @@ import time
 
 from llm.checkpoint import folder
 from llm.config import RunConfig
-from llm.log import log
+from llm.log import clock, result
 from llm.train.budget import Sitting, horizon
 from llm.train.loop import Progress
-from llm.train.metrics import Metrics, clock
+from llm.train.metrics import Metrics
 
 
 def tell_sitting(cfg: RunConfig, at: Progress, sitting: Sitting, metrics: Metrics, first_step: int, reason: str, global_rows: int) -> None:
@@ -34,7 +34,7 @@ def tell_sitting(cfg: RunConfig, at: Progress, sitting: Sitting, metrics: Metric
         print(json.dumps(record), file=file)
     rows = _rows(cfg, at, record, seconds, global_rows)
     width = max(map(len, rows))
-    log.info("This sitting:\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items()))
+    result("This sitting:\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items()))
 
 
 def _rows(cfg: RunConfig, at: Progress, did: dict, seconds: float, global_rows: int) -> dict[str, str]:

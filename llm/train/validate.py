@@ -5,9 +5,11 @@ from collections.abc import Callable, Iterable
 
 import numpy as np
 
+from llm.config import RunConfig
 from llm.data.stream import Batch
 from llm.dist import World
 from llm.engine.protocol import Engine
+from llm.model.transformer import Transformer
 from llm.tokenizer.protocol import Tokenizer
 
 FIXED_POINT = 1 << 20  # losses are summed over ranks as integers, so that the order of ranks cannot matter
@@ -18,6 +20,18 @@ def token_byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     special = set(tokenizer.special_ids.values())
     lengths = [0 if i in special else len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
     return np.array(lengths + [0] * (vocab_size - len(lengths)), dtype=np.int64)
+
+
+def reading_copy(cfg: RunConfig, engine: Engine, device: str) -> Transformer:
+    """A plain model with the engine's weights of this moment, to be read in the run's precision and dropped. Collective.
+
+    It takes no memory of its own but under ZeRO-3, where every rank holds the whole of it.
+    """
+    model = Transformer(cfg.model)  # on the CPU, where weights that nobody fills take no room
+    parameters = dict(model.named_parameters())
+    for name, whole in engine.whole_weights():
+        parameters[name].data = whole
+    return model.to(device).eval()
 
 
 def validate(engine: Engine, batches: Callable[[], Iterable[Batch]], byte_lengths: np.ndarray, world: World) -> dict[str, float]:

@@ -6,7 +6,6 @@ import threading
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
-from types import SimpleNamespace
 
 from llm.chat.server import Limits, Server
 from llm.chat.session import Assistant
@@ -29,14 +28,13 @@ def little_assistant(seq_len: int = 256, seed: int = 1) -> Assistant:
 
 # of these weights, greedily: 5 writes on for ever, 4 for a while
 def load_little(path: Path, step=None):
-    assistant = little_assistant(seed=int(path.name))
-    return assistant.model, assistant.tokenizer, SimpleNamespace(step=1)
+    return little_assistant(seed=int(path.name))
 
 
 @contextmanager
 def serving(n_waiting: int = 8, has_page: bool = False, load=load_little, names=(), **limits):
     """A server on a free port of this machine; it and its threads are gone afterwards."""
-    worker = Worker({"little": (Path("5"), None), "little/other": (Path("4"), None)}, load, CHATML, n_waiting)
+    worker = Worker({"little": (Path("5"), None), "little/other": (Path("4"), None)}, load, n_waiting)
     bounds = Limits(**{"max_tokens": 100, "seq_len": worker.seq_len, "arrival_s": 5.0, "departure_s": 5.0} | limits)
     server = Server(("127.0.0.1", 0), worker, bounds, Sampling(1.0), names=names, has_page=has_page)
     thread = threading.Thread(target=server.serve_forever, kwargs={"poll_interval": 0.02})

@@ -2,7 +2,7 @@
 
 import shutil
 import threading
-from types import SimpleNamespace
+from dataclasses import replace
 
 import pytest
 from little_chat import load_little, serving
@@ -22,8 +22,8 @@ class Scripted:
         self.gate, self.n = threading.Semaphore(0), 0
 
     def load(self, path, step=None):
-        model, tokenizer, _ = load_little(path)
-        return model, _Shown(tokenizer, self), SimpleNamespace(step=1)
+        assistant = load_little(path)
+        return replace(assistant, tokenizer=_Shown(assistant.tokenizer, self))
 
 
 class _Shown:

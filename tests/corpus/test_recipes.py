@@ -17,6 +17,7 @@ from llm.corpus import fetch, rewrite
 from llm.corpus.collect import collect
 from llm.corpus.recipes import RECIPES
 from llm.corpus.rewrite import Rewriter
+from llm.eval.mmlu import read_subjects
 from llm.log import UserError
 
 
@@ -155,6 +156,38 @@ def test_only_as_many_files_of_the_hub_come_as_the_sample_needs_and_each_is_held
         assert not paths[0].exists()
     vars(entries[0]).update(size=len(content), lfs=SimpleNamespace(sha256=hashlib.sha256(content).hexdigest()))
     assert fetch.fetch(RECIPES["c4"], tmp_path, 0.1)[0] == [paths[0]]
+
+
+def test_mmlu_comes_with_its_examples_and_in_the_layout_that_evaluation_reads(tmp_path, monkeypatch):
+    def row(subject: str, i: int) -> dict:
+        question = f'{subject} "{i}", or\nnot?' if i % 2 else f"{subject} {i}\u2028?"
+        return {"question": question, "subject": subject, "choices": [f"{i}", "b, c", "d", "e"], "answer": i % 4}
+
+    splits = {"dev": 5, "validation": 2, "test": 7}
+    contents = {f"all/{split}-00000-of-00001.parquet": parquet(*(row(s, i) for s in ("anatomy", "virology") for i in range(n)))
+                for split, n in splits.items()}  # fmt: skip
+    entries = [SimpleNamespace(path=path, size=len(content), lfs=None) for path, content in contents.items()]
+    others = [SimpleNamespace(path=f"{folder}/test-00000-of-00001.parquet", size=1, lfs=None) for folder in ("anatomy", "auxiliary_train")]
+    monkeypatch.setattr(huggingface_hub.HfApi, "list_repo_tree", lambda *_, **__: [*others, *entries])
+
+    def download(repo, name, repo_type, local_dir):
+        (local_dir / name).parent.mkdir(exist_ok=True)
+        (local_dir / name).write_bytes(contents[name])
+        return str(local_dir / name)
+
+    monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
+    for _ in range(2):  # a second time changes nothing
+        assert collect("mmlu", tmp_path / "mmlu.jsonl").docs == 28
+    subjects = read_subjects(tmp_path / "mmlu", shots=5)
+    assert [(s.name, len(s.examples), len(s.questions)) for s in subjects] == [("anatomy", 5, 7), ("virology", 5, 7)]
+    assert subjects[1].questions[6].text == row("virology", 6)["question"] and subjects[1].questions[6].choices == ("6", "b, c", "d", "e")
+    assert "".join(question.answer for question in subjects[0].questions) == "ABCDABC"
+    assert len(list((tmp_path / "mmlu" / "val").iterdir())) == 2
+    contents["all/test-00000-of-00001.parquet"] = parquet(row("../../evil", 0))
+    vars(entries[2]).update(size=len(contents["all/test-00000-of-00001.parquet"]))
+    with pytest.raises(UserError, match="has a subject called '../../evil'"):
+        collect("mmlu", tmp_path / "again" / "mmlu.jsonl")
+    assert [path.name for path in (tmp_path / "again").iterdir()] == ["mmlu.files"]
 
 
 # rewriting

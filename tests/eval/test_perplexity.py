@@ -19,8 +19,8 @@ def test_shards_give_the_numbers_of_the_validation_in_training(tmp_path):
     run = load_config(config).run_folder
     records = [json.loads(line) for line in (run / "logs" / "metrics.jsonl").read_text().splitlines()]
     trained = [record for record in records if "val/loss" in record][-1]
-    ours, its_tokenizer, manifest = load_run(run)
-    assert trained["step"] == manifest.step
+    ours, its_tokenizer, checkpoint = load_run(run)
+    assert trained["step"] == checkpoint.manifest.step
     found = perplexity.of_shards(ours, its_tokenizer, [tmp_path / "data"])
     assert found["loss"] == pytest.approx(trained["val/loss"], abs=1e-5)
     assert found["bits_per_byte"] == pytest.approx(trained["val/bits_per_byte"], abs=1e-5)

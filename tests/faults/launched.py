@@ -28,7 +28,8 @@ def launcher(name: str) -> list:
 class Launched:
     """`with Launched(...) as run:` starts it; leaving the block kills whatever still runs."""
 
-    def __init__(self, name: str, config: Path, *words: str, fault: str | None = None, **env: str):
+    def __init__(self, name: str | list, config: Path, *words: str, fault: str | None = None, **env: str):
+        """`name` of a launcher, or its words."""
         script = "tests/faults/faulty_train.py" if fault or "FED" in env else "launch/train.py"
         self.hold = config.parent / "hold"
         self.hold.mkdir(exist_ok=True)
@@ -36,7 +37,7 @@ class Launched:
             "OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "PATH": f"{BIN}{os.pathsep}{os.environ['PATH']}", "NO_COLOR": "1",
             "HOLD": str(self.hold),
         } | ({"FAULT": fault} if fault else {}) | env  # fmt: skip
-        self.command = [str(w) for w in (*launcher(name), script, "--config", config, *words)]
+        self.command = [str(w) for w in (*(launcher(name) if isinstance(name, str) else name), script, "--config", config, *words)]
         self.process = subprocess.Popen(
             self.command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True, start_new_session=True
         )

@@ -34,7 +34,7 @@ class Life:
 
 
 def start(config: Path, ranks: int, *words: str, fault: str = "", **options) -> "Group":
-    """Ranks that train in a sitting of this run; `words` change the config, `options` are those of a sitting."""
+    """Ranks that train in a sitting of this run; `words` change the config, `options` are those of a sitting. `hosts`: one rank on each."""
     place = config.parent / "lives" / str(time.monotonic_ns())
     place.mkdir(parents=True)
     arguments = (ranks, str(place), str(config), words, fault, {"retry_anyway": True} | options)
@@ -121,12 +121,15 @@ def _train(rank: int, ranks: int, place: str, config: str, words: tuple, fault: 
     from llm.log import UserError
 
     torch.set_num_threads(1)
+    if hosts := options.pop("hosts", None):
+        hosts.enter(rank)
     if options.pop("note_state", False):
         _note_what_was_loaded(Path(config).parent / "loaded.json")
     if fault:
         os.environ["FAULT"] = fault
         points.install(rank, Path(place))
-    world = dist.start(init_method=f"file://{place}/rendezvous", place=(rank, ranks, rank), timeout_minutes=1)
+    meeting = {"place": (rank, ranks, 0)} if hosts else {"place": (rank, ranks, rank), "init_method": f"file://{place}/rendezvous"}
+    world = dist.start(**meeting, timeout_minutes=1)
     try:
         sit(world, config, list(words), str(Path(config).parent / "fed"), **options)
     except UserError as error:
@@ -184,14 +187,19 @@ def uninterrupted(root: Path, ranks: int, *words: str, **changes) -> Whole:
 
 def assert_nothing_lost(config: Path, whole: Whole, epochs: int = 1) -> None:
     """The newest checkpoint is sound and bit for bit that of the undisturbed run, every target was fed once an epoch, nothing lies about."""
+    assert_same_state(load_config(config).run_folder, whole)
+    assert_fed_once(config, whole.step, epochs)
+    assert losses(config) == whole.losses
+
+
+def assert_fed_once(config: Path, steps: int, epochs: int = 1) -> None:
+    """Every target was fed once an epoch, the ledger of the newest checkpoint says so, and nothing lies about."""
     run = load_config(config).run_folder
-    assert_same_state(run, whole)
     assert fed_targets(config.parent / "fed") == Counter(dict.fromkeys(CORPUS, epochs))
     ledger = Ledger.from_json(newest(World(), run).manifest.ledger)
     audits = [audit_phase(phase, {}) for phase in ledger.phases]
-    assert [a.problems for a in audits] == [[]] * len(audits) and step_problems(ledger, whole.step) == []
+    assert [a.problems for a in audits] == [[]] * len(audits) and step_problems(ledger, steps) == []
     assert sum(a.targets for a in audits) == epochs * CORPUS.total()
-    assert losses(config) == whole.losses
     assert not [p.name for p in run.iterdir() if p.name.startswith((".tmp-", ".trash-"))]
 
 

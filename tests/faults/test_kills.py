@@ -1,5 +1,6 @@
 """SIGKILL at any moment: what was committed is whole, the end is bit for bit that of a run that was never disturbed, every sample is fed once."""
 
+import json
 import os
 import random
 import signal
@@ -108,12 +109,24 @@ def test_killed_at_a_moment_of_its_own(tmp_path, whole, case):
     assert again.codes == [0] * ranks and committed(config) == before and "go on" not in again.output
 
 
+@pytest.mark.parametrize("last", ["after_rename:0:10", "mid_prune:0:7"])  # ten saves, and three of their checkpoints stay
+def test_a_run_killed_right_after_its_last_save_is_tidied_up_by_the_next_life(tmp_path, whole, last):
+    config = fault_run(tmp_path, epochs=EPOCHS)
+    life = live(config, 2, fault=last)
+    assert life.killed and max(committed(config)) == STEPS, life.output
+    assert "mid_prune" not in last or list(load_config(config).run_folder.glob(".trash-*"))
+    assert live(config, 2).codes == [0, 0]
+    assert_nothing_lost(config, whole(2), EPOCHS)
+    view = json.loads((load_config(config).run_folder / "seen_datasets.json").read_text())
+    assert [phase["percent_done"] for phase in view["phases"]] == [100.0]
+
+
 # ranks, kind of save, kills in `make torture`
 AT_RANDOM = {
     "2 ranks, async": (2, SAVES[0], 50),
     "2 ranks, sync": (2, SAVES[1], 50),
     "1 rank, async": (1, SAVES[0], 50),
-    "4 ranks, async": (4, SAVES[0], 10),
+    "4 ranks, async": (4, SAVES[0], 50),
 }
 
 

@@ -8,6 +8,7 @@ import torch
 from llm.checkpoint.manifest import Manifest, Parameter
 from llm.checkpoint.saver import save
 from llm.checkpoint.slices import KINDS, Slice
+from llm.checkpoint.template import write_template
 from llm.config import ModelConfig
 from llm.dist import World
 from llm.generate.load import load_run
@@ -33,7 +34,7 @@ def settled_config(tokenizer) -> ModelConfig:
     return cfg.with_vocab(tokenizer.vocab_size)
 
 
-def save_model(folder, step, model, tokenizer):
+def save_model(folder, step, model, tokenizer, template=None):
     weights = list(model.named_parameters())
     slices = [Slice(name, kind, 0, w.detach().flatten()) for name, w in weights for kind in KINDS]
     manifest = Manifest(
@@ -46,6 +47,8 @@ def save_model(folder, step, model, tokenizer):
     def add_tokenizer(temporary: Path) -> None:
         (temporary / "tokenizer").mkdir()
         tokenizer.save(temporary / "tokenizer")
+        if template:
+            write_template(temporary, template.to_json())
 
     folder.mkdir(exist_ok=True)
     save(World(), folder, manifest, slices, add_tokenizer)
@@ -53,10 +56,10 @@ def save_model(folder, step, model, tokenizer):
 
 @pytest.mark.parametrize(("step", "seed"), [(None, 2), (1, 1)])
 def test_a_loaded_run_is_the_model_that_was_saved(run, step, seed):
-    model, tokenizer, manifest = load_run(run, step)
+    model, tokenizer, checkpoint = load_run(run, step)
     saved = build_model(settled_config(tokenizer), seed=seed)
     tokens = torch.arange(16)[None]
-    assert manifest.step == seed
+    assert checkpoint.manifest.step == seed
     assert torch.equal(model(tokens), saved(tokens))
     assert model.head.weight is model.embed.weight
 

@@ -1,6 +1,7 @@
 """Conversion from and to Hugging Face, judged by transformers itself: it loads what we export, and we load what it saves."""
 
 import json
+from itertools import takewhile
 from pathlib import Path
 
 import pytest
@@ -9,10 +10,12 @@ from little_run import make_run, sit
 from ranks import run_ranks
 from test_generate_run import save_model
 
+from llm.chat.prompt import chat_ids
 from llm.checkpoint.resume import open_checkpoint
 from llm.config import ModelConfig, load_config
+from llm.corpus.conversations import CHATML, Conversation, Template, Turn, render, to_jinja
 from llm.dist import World
-from llm.generate.generator import generate_ids
+from llm.generate.generator import generate_rows
 from llm.generate.load import load_run
 from llm.generate.sampling import Sampling
 from llm.log import UserError
@@ -40,7 +43,7 @@ MODELS = {
     "phi": LAYER_NORM | {"parallel_blocks": True, "head_bias": True, "rotary_fraction": 0.4, "d_model": 40},
 }
 FAMILY = {name: name.partition("-")[0] for name in MODELS}
-PROMPT = "def main(x):"
+PROMPTS = ["def main(x):", "a", "for i in range(10):\n"]
 
 
 @pytest.fixture(scope="module")
@@ -86,17 +89,44 @@ def test_transformers_computes_the_same_logits_from_the_exported_folder(exported
     assert_same_logits(load_run(run)[0], theirs)
 
 
-def test_transformers_writes_the_same_text(exported):
+@torch.no_grad()
+def test_transformers_writes_the_same_tokens_alone_and_in_a_batch_with_and_without_a_cache(exported):
     _, run, folder = exported
-    model, tokenizer, _ = load_run(run)
-    theirs, their_tokenizer = transformers.AutoModelForCausalLM.from_pretrained(folder), transformers.AutoTokenizer.from_pretrained(folder)
-    given = their_tokenizer(PROMPT, return_tensors="pt")
-    assert given.input_ids[0].tolist() == tokenizer.encode(PROMPT).tolist()
-    told = theirs.generate(**given, max_new_tokens=24, do_sample=False)[0, given.input_ids.shape[1] :]
-    assert len(told) > 3
-    ours = list(generate_ids(model, tokenizer, tokenizer.encode(PROMPT), max_tokens=24, sampling=Sampling(temperature=0), seed=0))
+    model, tokenizer, _ = load_run(run, packed=True)
+    theirs = transformers.AutoModelForCausalLM.from_pretrained(folder)
+    their_tokenizer = transformers.AutoTokenizer.from_pretrained(folder, padding_side="left")
+    prompts = [tokenizer.encode(text).tolist() for text in PROMPTS]
     ends = set(theirs.generation_config.eos_token_id)
-    assert [i for i in told.tolist() if i not in ends] == ours[: len(told)]
+
+    def told(texts: list[str], **how) -> list[list[int]]:
+        given = their_tokenizer(texts, return_tensors="pt", padding=True)
+        rows = theirs.generate(**given, max_new_tokens=24, do_sample=False, **how)[:, given.input_ids.shape[1] :].tolist()
+        return [list(takewhile(lambda i: i not in ends, row)) for row in rows]
+
+    def ours(given: list[list[int]]) -> list[list[int]]:
+        rows = [[] for _ in given]
+        for row, token in generate_rows(model, tokenizer, given, max_tokens=24, sampling=Sampling(temperature=0), seed=0, stop_ids=ends):
+            rows[row].append(token)
+        return rows
+
+    together = told(PROMPTS)
+    assert sum(map(len, together)) > 24 and len({tuple(row) for row in together}) == len(PROMPTS)
+    assert told(PROMPTS, use_cache=False) == together
+    assert [told([text])[0] for text in PROMPTS] == together
+    assert ours(prompts) == together
+    assert [ours([prompt])[0] for prompt in prompts] == together
+    assert [without_cache(load_run(run)[0], tokenizer, prompt, ends, 24) for prompt in prompts] == together
+
+
+def without_cache(model, tokenizer, prompt: list[int], ends: set[int], n: int) -> list[int]:
+    """The whole text is read anew for each token."""
+    ids = list(prompt)
+    while len(ids) < len(prompt) + n:
+        found = int(model(torch.tensor([ids]))[0, -1, : tokenizer.vocab_size].argmax())
+        if found in ends:
+            break
+        ids.append(found)
+    return ids[len(prompt) :]
 
 
 def test_what_was_exported_comes_back_bit_by_bit(exported, tmp_path):
@@ -129,7 +159,7 @@ def exported_tokenizer(tokenizer, tmp_path_factory):
     from llm.tokenizer.export import write_tokenizer
 
     folder = tmp_path_factory.mktemp("tokenizer")
-    write_tokenizer(tokenizer, folder, 64)
+    write_tokenizer(tokenizer, folder, 64, to_jinja(CHATML))
     return transformers.AutoTokenizer.from_pretrained(folder)
 
 
@@ -143,6 +173,27 @@ def test_the_chat_template_is_chatml_and_survives_the_way_back_and_forth(exporte
         theirs = transformers.AutoTokenizer.from_pretrained(at)
         assert theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == expected
         assert theirs.eos_token == "<|endoftext|>" and theirs.pad_token == "<|pad|>"
+
+
+ODD = Template(
+    "[\"{role}\" \\\\ {{%}}]\n{content}<|im_end|> 😀 it's {role}\n",
+    special=("<|im_end|>",), roles=(("user", "Hu\"man"), ("assistant", "Bot")), system="Be 'brief' \\n.",
+)  # fmt: skip
+
+
+@pytest.mark.parametrize("has_system", [True, False])
+def test_the_template_of_the_fine_tuning_is_that_of_the_exported_tokenizer(tokenizer, tmp_path, has_system):
+    save_model(tmp_path / "run", 1, build_model(ModelConfig(**ROPE).with_vocab(tokenizer.vocab_size), seed=3), tokenizer, ODD)
+    export(tmp_path / "run", tmp_path / "hf")
+    theirs = transformers.AutoTokenizer.from_pretrained(tmp_path / "hf")
+    turns = (*[Turn("system", "S")] * has_system, Turn("user", "a {{ 1 }} \"b\""), Turn("assistant", "c\n"), Turn("user", "d"))
+    ours = "".join(segment.text for segment in render(Conversation(turns), ODD))
+    opening = '["Bot" \\\\ {{%}}]\n'
+    chat = [turn._asdict() for turn in turns]
+    assert theirs.apply_chat_template(chat, tokenize=False, add_generation_prompt=True) == ours + opening
+    assert theirs.apply_chat_template(chat, add_generation_prompt=True).input_ids == chat_ids(turns, ODD, tokenizer, 10**6)[0]
+    config = json.loads((tmp_path / "hf" / "generation_config.json").read_text())
+    assert config["eos_token_id"] == sorted({tokenizer.eos_id, tokenizer.special_ids["<|im_end|>"]})
 
 
 # ---------------------------------------------------------------- config.json of published models

@@ -38,7 +38,7 @@ def test_with_a_window_no_token_sees_further_back(attention):
 @torch.no_grad()
 def test_cached_decoding_equals_the_full_forward(style, attention):
     model, tokens = lively_model(style, attention=attention), some_tokens(2, 12)
-    cache = KVCache(model.cfg, 2, "cpu", torch.float32)
+    cache = KVCache(model.cfg, 2, "cpu", torch.float32, model.cfg.seq_len)
     pieces = [model(piece, cache=cache) for piece in tokens.split([5, 1, 4, 2], dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), atol=1e-4, rtol=1e-4)
 

@@ -69,7 +69,7 @@ def test_no_token_sees_a_later_one(style):
 @torch.no_grad()
 def test_cached_decoding_equals_the_full_forward(style, attention, steps):
     model, tokens = lively_model(style, attention=attention), some_tokens(2, 12)
-    cache = KVCache(model.cfg, 2, "cpu", torch.float32)
+    cache = KVCache(model.cfg, 2, "cpu", torch.float32, model.cfg.seq_len)
     pieces = [model(piece, cache=cache) for piece in tokens.split(steps, dim=1)]
     torch.testing.assert_close(torch.cat(pieces, dim=1), model(tokens), atol=1e-4, rtol=1e-4)
     assert cache.length == 12
@@ -78,7 +78,7 @@ def test_cached_decoding_equals_the_full_forward(style, attention, steps):
 @torch.no_grad()
 def test_rotary_attention_depends_on_distance_only():
     model, tokens = lively_model(LLAMA), some_tokens(1, 6)
-    cache = KVCache(model.cfg, 1, "cpu", torch.float32)
+    cache = KVCache(model.cfg, 1, "cpu", torch.float32, model.cfg.seq_len)
     cache.length = 5
     shifted = model.hidden(tokens, _Forgetful(cache))
     torch.testing.assert_close(shifted, model.hidden(tokens), atol=1e-4, rtol=1e-4)

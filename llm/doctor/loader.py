@@ -1,0 +1,56 @@
+"""Whether the data come faster than the model can take them."""
+
+import time
+
+import torch
+
+from llm.config import RunConfig, batch_plan
+from llm.data.ledger import Ledger
+from llm.data.sampler import Sampler
+from llm.data.stream import Stream
+from llm.dist import World
+from llm.doctor.line import FAIL, OK, WARN, Line
+from llm.model.flops import flops_per_token
+from llm.tokenizer import load_tokenizer
+from llm.train.datasets import open_shards, pool
+from llm.train.phases import Wish, choose_phase
+
+SECONDS = 1.0
+
+
+def loader(cfg: RunConfig | None, device: str) -> Line:
+    """Tokens a second of one rank's batches, beside what the device could take if it did nothing but matmuls. Raises UserError."""
+    if cfg is None:
+        return Line("loader", OK, "not looked at: --config says which data and which model")
+    tokenizer = load_tokenizer(cfg.tokenizer.tokenizer_path, cfg.tokenizer.tokenizer_type)
+    model = cfg.model.with_vocab(tokenizer.vocab_size)
+    shards, _ = open_shards(cfg, tokenizer, World())
+    plan = batch_plan(cfg, 1)
+    phase = choose_phase(Ledger(), shards, Wish(), cfg.model_copy(update={"model": model}), 0, plan.global_rows).open_phase
+    made = _tokens_per_s(Stream(Sampler(phase, pool(shards)), plan.global_rows, 0, 1, plan.micro_rows), phase.total, plan.global_rows)
+    needed = matmul_flops(device, cfg.engine.precision) / flops_per_token(model)
+    status = OK if made > 2 * needed else WARN if made > needed else FAIL
+    advice = "The model would wait for data: put the shards on a faster disk, or into memory."
+    return Line("loader", status, f"{made:,.0f} tokens/s from {len(pool(shards))} shards; the model takes {needed:,.0f} at the very most", advice)
+
+
+def _tokens_per_s(stream: Stream, draws: int, batch_rows: int) -> float:
+    tokens, g, started_at = 0, 0, time.perf_counter()
+    while time.perf_counter() - started_at < SECONDS:
+        tokens += sum(batch.targets_BT.numel() for batch in stream.step(g))
+        g = g + batch_rows if g + 2 * batch_rows <= draws else 0
+    seconds = time.perf_counter() - started_at
+    stream.close()
+    return tokens / seconds
+
+
+def matmul_flops(device: str, precision: str) -> float:
+    """FLOP/s of a large matmul on this device, the best of some."""
+    n, dtype = 1024 if device == "cpu" else 8192, torch.bfloat16 if precision == "bf16" else torch.float32
+    a = torch.randn(n, n, device=device, dtype=dtype)
+    seconds = []
+    for _ in range(4):
+        started_at = time.perf_counter()
+        (a @ a)[0, 0].item()  # waits for the device
+        seconds.append(time.perf_counter() - started_at)
+    return 2 * n**3 / min(seconds)
