@@ -18,6 +18,7 @@ from llm.data.shards import Shard
 from llm.data.stream import Stream, eval_batches
 from llm.dist import World
 from llm.engine import Engine, process
+from llm.engine.attention_kernel import attention_kernel, kernels_in_order
 from llm.engine.protocol import autocast
 from llm.log import log, result, route_output
 from llm.model.flops import count_params, flops_per_token, peak_flops
@@ -80,7 +81,7 @@ def train(cfg: RunConfig, world: World, options: Options, measure: Measure | Non
     stop, lock, note = StopFlag(world.rank), RunLock(cfg.run_folder), ExitNote(cfg.log_folder, world)
     watchdog = Watchdog(cfg.train.hang_timeout_s, world.rank, note.write)
     try:
-        with process.settled(world.device, cfg.engine.keep_memory):
+        with process.settled(world.device, cfg.engine.keep_memory), kernels_in_order(world.device):
             _train(cfg, world, options, measure, fork, sitting, stop, lock, note, watchdog)
     except Exception as error:
         if lost := note.failed(error):
@@ -292,6 +293,8 @@ def _introduce(cfg: RunConfig, plan: BatchPlan, world: World, checkpoint: Checkp
     size = f"{count_params(cfg.model):,} parameters"
     log.info(f"{cfg.checkpoint.run_name} {start} at step {at.step:,}: {size}, {kind}, {engine.precision}, {world.device}")
     log.info(f"batch: {plan}")
+    kernel = attention_kernel(cfg.model, engine.precision, world.device, cfg.data.document_mask)
+    log.info(f"attention: {kernel}; {'compiled' if engine.compile else 'not compiled (engine.compile)'}")
     cut = f" packed ({phase.padding:.1%} padding)" if phase.packing else ""
     log.info(
         f"phase {phase.name}: {phase.samples:,} samples{cut} x {phase.epochs} epochs from {len(phase.shards)} shards, {phase.consumed:,} consumed; "

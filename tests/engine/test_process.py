@@ -4,41 +4,65 @@ import functools
 import gc
 import subprocess
 import sys
+from dataclasses import replace
 from unittest import mock
 
 import pytest
 import torch
-from engine_cases import VOCAB, make_engine, run_config, step_batches, train
+import torch.nn.functional as F
+from engine_cases import VOCAB, make_engine, run_config, step_batches
 
+from llm.config import EngineConfig, ModelConfig
 from llm.dist import World
 from llm.engine import process
+from llm.model import products
+from llm.model.loss import Head
 
 ALONE = World()
 MODEL = {  # everything fused that can be: qkv, gate and up; grouped heads, qk-norm, rope
     "n_layers": 2, "d_model": 24, "n_heads": 4, "n_kv_heads": 2, "d_ff": 40, "seq_len": 8, "vocab_size": VOCAB, "qk_norm": True,
 }  # fmt: skip
+
+
+class WholeLogits(Head):
+    """torch's loss of the logits of all rows."""
+
+    def forward(self, x, targets_BT=None, z_loss=0.0):
+        return F.cross_entropy(super().forward(x).flatten(0, 1), targets_BT.flatten(), reduction="sum", ignore_index=-100)
+
+
 SWITCHES = {
     "compile": {"compile": True},
     "activation checkpointing": {"activation_checkpointing": True},
     "attention: eager": {"attention": "eager"},
     "z_loss of zero": {"z_loss": 0.0},
     "window as long as the row": {"sliding_window": 8},
+    "documents as long as the row": {"documents": True},
+    "logits of all rows at once": {"head": WholeLogits},
+    "AdamW of single operations": {"fused": False},
+    "fp32 products by oneDNN": {"onednn": not products.ONEDNN},
 }
 
 
 def fifty_steps(change: dict) -> tuple[list[torch.Tensor], list[float]]:
     """Gradients of the first step, and the losses of fifty."""
     torch._dynamo.reset()
-    engine = {key: value for key, value in change.items() if key in ("compile", "activation_checkpointing")}
-    model = MODEL | {key: value for key, value in change.items() if key not in engine}
+    engine = {key: value for key, value in change.items() if key in EngineConfig.model_fields}
+    model = MODEL | {key: value for key, value in change.items() if key in ModelConfig.model_fields}
+    onednn = mock.patch.multiple(products, ONEDNN=change.get("onednn", products.ONEDNN), FEW_ROWS=1)
     cfg = run_config(ALONE, {"zero_stage": 0} | engine, model=model, clip_norm=None)  # clipping would hide a factor
-    with mock.patch("torch.compile", functools.partial(torch.compile, backend="aot_eager")):  # inductor takes half a minute here
+    with onednn, mock.patch("torch.compile", functools.partial(torch.compile, backend="aot_eager")):  # inductor takes half a minute here
         built, model = make_engine(cfg, ALONE)
+        model.head.__class__ = change.get("head", Head)
+        built.optimizer.param_groups[:] = [group | {"fused": change.get("fused", True)} for group in built.optimizer.param_groups]
         gradients = []
         with mock.patch.object(built.optimizer, "step", lambda: gradients.extend(p.grad.clone() for p in model.parameters())):
             batches, n_targets = step_batches(0, ALONE)
+            if "documents" in change:
+                batches = [replace(batch, doc_ids_BT=torch.zeros_like(batch.tokens_BT)) for batch in batches]
             built.train_step(batches, n_targets, 1e-3, lambda loss: True)
-        return gradients, [train(built, ALONE, range(1))[0].loss for _ in range(50)]  # the same batch, to be learned by heart
+        # the same batch, to be learned by heart
+        return gradients, [built.train_step(batches, n_targets, 3e-3, lambda loss: True).loss for _ in range(50)]
 
 
 @pytest.fixture(scope="module")

@@ -384,3 +384,21 @@ def test_training_goes_on_from_an_import_and_its_checkpoints_can_be_exported(tmp
         torch.testing.assert_close(after.reader.read_full(name), before.reader.read_full(name), atol=1e-6, rtol=0)  # lr 1e-9 moves little
     kept = json.loads((tmp_path / "hf-again" / "generation_config.json").read_text())
     assert kept["temperature"] == 0.5
+
+
+def train_sharded(world, config) -> None:
+    sit(world, config, ["engine.zero_stage=3", "train.total_step_budget=2"])
+
+
+def test_a_zero_3_checkpoint_of_two_ranks_is_exported_and_comes_back_bit_by_bit(tmp_path):
+    run_ranks(train_sharded, 2, tmp_path, str(make_run(tmp_path / "run")))
+    trained = open_checkpoint(tmp_path / "run" / "checkpoints" / "little")
+    assert trained.manifest.world_size == 2
+    export(trained.folder, tmp_path / "hf")
+    import_folder(tmp_path / "hf", tmp_path / "back")
+    back = open_checkpoint(tmp_path / "back")
+    assert dict(back.manifest.shapes) == dict(trained.manifest.shapes)
+    assert all(torch.equal(back.reader.read_full(name), trained.reader.read_full(name)) for name, _ in trained.manifest.shapes)
+    theirs, tokens = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "hf"), torch.arange(8)[None]
+    with torch.no_grad():
+        torch.testing.assert_close(theirs(tokens).logits, load_run(trained.folder)[0](tokens), atol=1e-4, rtol=0)
