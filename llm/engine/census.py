@@ -61,12 +61,12 @@ class LiveBytes(TorchDispatchMode):
 class _Saved:
     """What autograd keeps of one forward pass: bytes of different storages, the model's own weights left out."""
 
-    def __init__(self, engine: Engine, logits_shape: tuple[int, int]):
-        self.engine, self.logits_elements = engine, math.prod(logits_shape)
+    def __init__(self, engine: Engine):
+        self.engine = engine
         self.clear()
 
     def clear(self) -> None:
-        self.bytes = self.logits = 0
+        self.bytes = 0
         self._seen: set[int] = set()
 
     def pack(self, tensor: Tensor) -> Tensor:
@@ -75,7 +75,6 @@ class _Saved:
         if key not in self._seen and key not in {p.untyped_storage().data_ptr() for p in _model(self.engine).parameters()}:
             self._seen.add(key)
             self.bytes += storage.nbytes()
-            self.logits += storage.nbytes() if tensor.numel() == self.logits_elements else 0
         return tensor
 
 
@@ -95,17 +94,17 @@ class _Watched(list):
 def count(cfg: RunConfig, world: World) -> dict[str, int]:
     """Bytes by kind on this rank, in the second step of a fresh engine. Collective.
 
-    gradients: at the start of the step's last micro-batch or when all are over, before any weight moves; activations and logits: what autograd
+    gradients: at the start of the step's last micro-batch or when all are over, before any weight moves; activations: what autograd
     keeps of a forward pass; peak: of all tensors together; process: the most this process had. On a CPU compiled code hides gradients and peak: None.
     """
-    plan, cuda = batch_plan(cfg, world.size), world.device.startswith("cuda")
+    cuda = world.device.startswith("cuda")
     before = _process_bytes()
     live = LiveBytes() if not (cuda or cfg.engine.compile) else None
     now = (lambda: torch.cuda.memory_allocated(world.device)) if cuda else (lambda: live.now if live else 0)
     with live or nullcontext():
         engine = build_engine(cfg, world, build_model(cfg.model, cfg.train.seed))
         _step(engine, cfg, world, seed=0)
-        saved, at_rest, grown = _Saved(engine, (plan.micro_rows * plan.seq_len, cfg.model.vocab_size)), now(), []
+        saved, at_rest, grown = _Saved(engine), now(), []
         _reset_peak(world, live)
 
         def micro_batch_begins() -> None:
@@ -121,7 +120,7 @@ def count(cfg: RunConfig, world: World) -> dict[str, int]:
     peak = torch.cuda.max_memory_allocated(world.device) if cuda else live.peak if live else None
     return _held(engine) | {
         "gradients": _standing_gradients(engine) or (max(grown) if live or cuda else None),
-        "activations": saved.bytes - saved.logits, "logits": saved.logits, "peak": peak,
+        "activations": saved.bytes, "peak": peak,
         "process": _process_bytes(), "process_before": before,
     }  # fmt: skip
 

@@ -15,7 +15,7 @@ from llm.model.layers import Linear
 from llm.model.products import linear, times_transposed, weight_gradient
 
 IGNORE = -100  # a target that is not counted
-CPU_CHUNK, GPU_CHUNK = 1 << 25, 1 << 28  # logits at once: a thousand rows of 32k make good products, and few sums of weight gradients
+CPU_CHUNK, GPU_CHUNK = 1 << 26, 1 << 28  # logits at once: 2,048 rows of 32k make good products, and few sums of weight gradients
 CPU_SLICE, GPU_SLICE = 1 << 19, 1 << 26  # logits read at once: 2 MB in fp32 stay in a CPU's cache; a GPU wants few launches
 
 
@@ -24,7 +24,7 @@ class Head(Linear):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__(cfg.d_model, cfg.vocab_size, bias=cfg.head_bias)
-        self.softcap = cfg.logit_softcap
+        self.softcap, self.packed = cfg.logit_softcap, None
         self.take_loss = take_loss_in_slices_  # or take_loss_ compiled, which needs no slices
 
     def forward(self, x: Tensor, targets_BT: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
@@ -33,7 +33,7 @@ class Head(Linear):
         With z_loss, so much of the square of ln Z is added for each of them, Z the softmax's denominator; PaLM, arXiv 2204.02311, section 5.
         """
         if targets_BT is None:
-            return capped(super().forward(x), self.softcap)
+            return capped(self.packed(x) if self.packed else super().forward(x), self.softcap)
         return _HeadLoss.apply(x.flatten(0, -2), self.weight, self.bias, targets_BT.flatten(), self, z_loss, torch.is_grad_enabled())
 
 
@@ -60,14 +60,14 @@ class _HeadLoss(torch.autograd.Function):
                     x_grads.append(times_transposed(logits, weight.T))
                     weight_grad = _plus(weight_grad, weight_gradient(logits, x))
                     bias_grad = _plus(bias_grad, logits.float().sum(dim=0)) if bias_V is not None else None
-        ctx.grads = (torch.cat(x_grads).to(x_ND.dtype), weight_grad, bias_grad) if learns else None
+        if learns:
+            ctx.save_for_backward(torch.cat(x_grads).to(x_ND.dtype), weight_grad, bias_grad)
         return total
 
     @staticmethod
     def backward(ctx, scale: Tensor):
-        grads, ctx.grads = ctx.grads, None
-        assert grads, "the gradients of this loss were handed out already, and are not kept for a second time"
-        return *(g if g is None else g.mul_(scale) for g in grads), None, None, None, None
+        # in place: a second backward would find them changed, and is refused
+        return *(g if g is None else g.mul_(scale) for g in ctx.saved_tensors), None, None, None, None
 
 
 def take_loss_(logits_NV: Tensor, targets_N: Tensor, z_loss: float, softcap: float | None, learns: bool) -> Tensor:

@@ -14,7 +14,8 @@ from llm.model.flops import count_params, matmul_weights
 BUCKET_ELEMENTS = 80_000_000  # llm/engine/ds_config.py, which needs torch; a test holds them together
 Z3_REUSE_ELEMENTS = 1_000_000_000  # DeepSpeed's stage3_max_reuse_distance: what is needed again within so many stays gathered
 Z3_PREFETCH_ELEMENTS = 50_000_000  # ds_configs/zero3.json
-LOSS_SLICE_ELEMENTS = {"cpu": 1 << 20, "cuda": 1 << 26}  # llm/model/loss.py
+LOSS_CHUNK_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}  # llm/model/loss.py
+LOSS_SLICE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True)
@@ -28,8 +29,9 @@ class Memory:
     gradients: int
     moments: int
     activations: int
-    """What autograd keeps from forward to backward, the bf16 copies of the weights among it, but not the logits."""
+    """What autograd keeps from forward to backward, the bf16 copies of the weights among it, and the gradients that the head hands back."""
     logits: int
+    """Of one chunk of rows, for a moment."""
     buffers: int
     """Communication buckets, gathered weights, slices of the loss, and what a block needs for a moment."""
     host: int = 0
@@ -48,12 +50,12 @@ def memory_of(cfg: RunConfig, ranks: int, device: str) -> Memory:
     whole, share = 4 * params, 4 * -(-params // ranks)
     moments, masters = (2 * share, share) if stage else (2 * whole, 0)
     gradients = whole if stage < 2 else share
-    kept, logits = kept_bytes(cfg, device), logits_bytes(cfg)
-    head = 6 * model.vocab_size * model.d_model if engine.precision == "bf16" else 4 * model.vocab_size * model.d_model
+    kept, logits = kept_bytes(cfg, device), logits_bytes(cfg, device)
+    head = 4 * model.vocab_size * model.d_model  # the product that is added to the weight's gradient, and in bf16 a copy of the weight
     fullest = (
         logits + max(_loss_slices(cfg, tokens, device), head) + _cached_copies(cfg),
         _block_workspace(model, engine, tokens, device) + _reduction(cfg, ranks, share, device),
-        (share + 8 * model.vocab_size * model.d_model if stage else 0) - (kept - logits),  # AdamW, and its norm in fp64, when all else is gone
+        (share + 8 * model.vocab_size * model.d_model if stage else 0) - kept,  # AdamW, and its norm in fp64, when all else is gone
     )
     held = _standing_buffers(cfg, ranks, params, device) + 4 * _rope_elements(model)
     host = share * (3 if cfg.checkpoint.async_save else 0)
@@ -64,7 +66,7 @@ def memory_of(cfg: RunConfig, ranks: int, device: str) -> Memory:
         masters=masters,
         gradients=gradients,
         moments=moments,
-        activations=kept - logits,
+        activations=kept,
         logits=logits,
         buffers=held + max(fullest) - logits,
         host=host,
@@ -75,27 +77,26 @@ def memory_of(cfg: RunConfig, ranks: int, device: str) -> Memory:
 
 
 def kept_bytes(cfg: RunConfig, device: str) -> int:
-    """What autograd keeps of one micro-batch's forward pass, logits and bf16 copies of the weights included."""
+    """What autograd keeps of one micro-batch's forward pass, with the bf16 copies of weights, and the gradients of the head's weight and input."""
     m, engine = cfg.model, cfg.engine
-    tokens, c = cfg.train.batch_size * m.seq_len, _compute_bytes(engine)
-    head_input = 4 if engine.zero_stage == 3 else c
-    outside = _norm_bytes(m, engine, device) + head_input * m.d_model + 8 + 16  # the last norm, what the head reads, ids and statistics
-    mask = 0
+    tokens = cfg.train.batch_size * m.seq_len
+    outside = _norm_bytes(m, engine, device) + 4 * m.d_model + 8 + 16  # the last norm, the gradient of what the head reads, ids and statistics
+    mask, head = 0, m.vocab_size * m.d_model
     if engine.activation_checkpointing:
         block = 4 * m.d_model
-        copies = m.vocab_size * m.d_model
+        copies = 0
     else:
         block = block_bytes(m, engine, device)
         mask = _mask_bytes(cfg)
-        copies = matmul_weights(m)
+        copies = matmul_weights(m) - head
     copies *= _copy_bytes(engine)
-    return tokens * (m.n_layers * block + outside) + m.n_layers * mask + copies + logits_bytes(cfg)
+    return tokens * (m.n_layers * block + outside) + m.n_layers * mask + copies + 4 * head
 
 
-def logits_bytes(cfg: RunConfig) -> int:
-    """The logits that the loss reads, and writes their gradient over; with a soft-cap also what the tanh gave."""
-    tokens = cfg.train.batch_size * cfg.model.seq_len
-    return tokens * cfg.model.vocab_size * _compute_bytes(cfg.engine) * (2 if cfg.model.logit_softcap else 1)
+def logits_bytes(cfg: RunConfig, device: str) -> int:
+    """Of the chunk that the loss reads, and writes its gradient over."""
+    elements = cfg.train.batch_size * cfg.model.seq_len * cfg.model.vocab_size
+    return min(elements, LOSS_CHUNK_ELEMENTS[device]) * _compute_bytes(cfg.engine)
 
 
 def block_bytes(m: ModelConfig, engine: EngineConfig, device: str) -> int:
@@ -153,8 +154,8 @@ def _compute_bytes(engine: EngineConfig) -> int:
 
 
 def _loss_slices(cfg: RunConfig, tokens: int, device: str) -> int:
-    """The loss in fp32, slice by slice; compiled, in one piece, and the gradient of the logits is another tensor."""
-    elements = tokens * cfg.model.vocab_size
+    """The loss in fp32, slice by slice; compiled, a chunk at once, and the gradient of the logits is another tensor."""
+    elements = min(tokens * cfg.model.vocab_size, LOSS_CHUNK_ELEMENTS[device])
     if cfg.engine.compile:
         return elements * _compute_bytes(cfg.engine)
     return 4 * min(elements, LOSS_SLICE_ELEMENTS[device]) * (3 if device == "cpu" else 2)
