@@ -1,4 +1,4 @@
-"""Talk to a model that was fine-tuned on chats:  python launch/chat.py checkpoints/my-chat   (--web: a page; --serve: an API)"""
+"""Talk to a model that was fine-tuned on chats:  python launch/chat.py checkpoints/sft-toy   (--web: a page; --serve: an API)"""
 
 from contextlib import suppress
 from pathlib import Path

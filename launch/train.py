@@ -17,7 +17,6 @@ import time
 STARTED_AT = time.monotonic()
 
 from llm import cli  # noqa: E402 - the clock above counts imports as well
-from llm.log import log  # noqa: E402
 
 
 def main() -> None:
@@ -75,8 +74,6 @@ def tasks(cfg, world):
 
 
 def _write_samples(cfg):
-    if cfg.engine.zero_stage == 3:
-        return log.info("log.sample_prompts: no samples under ZeRO-3, where no rank has all weights")
     from llm.generate.samples import write_samples  # here, for training does not know generation
 
     return write_samples

@@ -1,48 +1,61 @@
-"""The commands on the pages name scripts and options that there are, and what the pages point to is there."""
+"""What the pages show and point to is there: commands that can be typed as they stand (tests/test_walk.py does), files behind links."""
 
-import functools
 import re
-import shlex
-import subprocess
+import runpy
 import sys
 from pathlib import Path
 
+import documented
 import pytest
+from documented import PAGES, ROOT
 
-ROOT = Path(__file__).parent.parent
-PAGES = sorted([*ROOT.glob("*.md"), *ROOT.glob("docs/*.md")])
-SCRIPT = re.compile(r"(launch|tools|benchmarks)/\w+\.py")
+from llm.cli import Parser
+from llm.config import load_config
 
-
-@functools.cache
-def help_of(*words: str) -> str:
-    done = subprocess.run([sys.executable, *words, "--help"], cwd=ROOT, capture_output=True, text=True, timeout=60)
-    assert done.returncode == 0, done.stderr
-    return done.stdout
+BLOCKS, MENTIONS = documented.blocks(), documented.mentions()
 
 
-def commands(page: Path) -> list[list[str]]:
-    """Our scripts' commands in the page's bash blocks, from the script on."""
-    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.DOTALL)
-    lines = [shlex.split(line, comments=True) for block in blocks for line in block.replace("\\\n", " ").splitlines()]
-    starts = [next((i for i, word in enumerate(words) if SCRIPT.fullmatch(word)), None) for words in lines]
-    return [words[start:] for words, start in zip(lines, starts, strict=True) if start is not None]
+class Parsed(Exception):
+    pass
 
 
-def test_the_pages_have_commands_to_check():
-    counts = {page.name: len(commands(page)) for page in PAGES}
-    assert counts["data.md"] > 10 and counts["finetune.md"] > 6 and counts["README.md"] > 12 and counts["seeing.md"] > 2
+@pytest.fixture
+def parse(monkeypatch):
+    """The namespace that a script makes of its arguments, without what it would do then."""
+    original = Parser.parse_args
+
+    def stop(self, args=None, namespace=None):
+        raise Parsed(original(self, args, namespace))
+
+    def parse(script: str, arguments: list[str]):
+        monkeypatch.setattr(sys, "path", [str(ROOT / Path(script).parent), *sys.path])
+        main = runpy.run_path(str(ROOT / script))["main"]
+        monkeypatch.setattr(sys, "argv", [script, *arguments])
+        monkeypatch.setattr(Parser, "parse_args", stop)
+        with pytest.raises(Parsed) as parsed:
+            main()
+        return parsed.value.args[0]
+
+    return parse
 
 
-@pytest.mark.parametrize("page", [page for page in PAGES if commands(page)], ids=lambda page: page.stem)
-def test_every_command_on_the_page_names_a_script_and_options_that_exist(page):
-    for script, *words in commands(page):
-        text = help_of(script, words[0]) if script.endswith("ledger.py") else help_of(script)
-        for option in (word.split("=")[0] for word in words if word.startswith("--")):
-            assert re.search(rf"{option}\b", text), (script, option)
+def test_the_pages_show_commands():
+    assert len(BLOCKS) > 40 and len(MENTIONS) > 40
 
 
-@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.stem)
+@pytest.mark.parametrize("command", [c for c in [*BLOCKS, *MENTIONS] if c.script], ids=lambda c: c.where)
+def test_a_command_shown_is_one_that_its_script_takes(parse, command):
+    assert (ROOT / command.script).is_file(), f"{command.where}: {command.text}"
+    try:
+        options = parse(command.script, command.arguments)
+    except SystemExit:
+        pytest.fail(f"{command.where}: {command.text}")
+    config = getattr(options, "config", None)
+    if config and (ROOT / config).is_file():
+        load_config(ROOT / config, options.overrides)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 def test_every_file_that_the_page_links_to_is_there(page):
     links = re.findall(r"\]\(([^)#:]+)(?:#[^)]*)?\)", page.read_text(encoding="utf-8"))
     assert not [link for link in links if not (page.parent / link).exists()]

@@ -6,6 +6,7 @@ import json
 import secrets
 import socket
 import socketserver
+import sys
 import threading
 import time
 from collections.abc import Iterator
@@ -89,8 +90,6 @@ class Server(ThreadingHTTPServer):
             self._free.release()
 
     def handle_error(self, request, client_address) -> None:
-        import sys
-
         error = sys.exc_info()[1]
         if not isinstance(error, OSError):  # a client that is gone is no news
             log.error(f"a connection failed: {type(error).__name__}: {error}")
@@ -137,7 +136,6 @@ class Handler(BaseHTTPRequestHandler):
         self._send_error(ApiError(code if code < 500 or code == 501 else 400, str(message or "the request cannot be understood")[:200]))
 
     def _answered(self, act) -> None:
-        self.close_connection = True
         try:
             self._check_caller()
             act()

@@ -34,12 +34,12 @@ def alone(subject: Subject, device: Callable[[], str]) -> Iterator[Line]:
     """The lines of this machine. `device` is asked for only where it matters, for that takes torch."""
     cfg = subject.cfg
     model = cfg.model if cfg else None
-    shape = (model.seq_len, model.n_heads, model.n_kv_heads, model.d_head) if model else (1024, 8, 8, 64)
+    rows = (model.seq_len, model.n_heads, model.n_kv_heads, model.d_head, model.attention) if model else (1024, 8, 8, 64, "sdpa")
     looks: dict[str, Callable[[], Line]] = {
         "python": machine.python,
         "torch": machine.torch,
         "gpu": machine.gpu,
-        "attention": lambda: machine.attention(device(), *shape),
+        "attention": lambda: machine.attention(device(), *rows),
         "deepspeed": machine.deepspeed,
         "compiler": lambda: machine.compiler(device),
         "shared-memory": machine.shared_memory,

@@ -53,8 +53,11 @@ def _driver() -> str:
     return found[1] if found else "none"
 
 
-def attention(device: str, seq_len: int, heads: int, kv_heads: int, width: int) -> Line:
-    """The kernel that F.scaled_dot_product_attention takes for rows of this shape, and how far it is from attention by definition."""
+def attention(device: str, seq_len: int, heads: int, kv_heads: int, width: int, chosen: str) -> Line:
+    """The kernel that F.scaled_dot_product_attention takes for rows of this shape, and how far it is from attention by definition.
+
+    `chosen`: the config's model.attention.
+    """
     import torch
     from torch.nn.attention import SDPBackend
 
@@ -69,7 +72,7 @@ def attention(device: str, seq_len: int, heads: int, kv_heads: int, width: int) 
         worst[dtype] = (sdpa_attention(q, k, v).float() - by_definition).abs().max().item()
         kernels.append(f"{name} for {str(dtype).removeprefix('torch.')} (off by {worst[dtype]:.1e})")
     wrong = not (worst[torch.bfloat16] < 5e-2 and worst[torch.float32] < 1e-3)
-    found = f"{', '.join(kernels)}, at {seq_len:,} tokens a row"
+    found = f"{', '.join(kernels)}, at {seq_len:,} tokens a row" + f"; the config takes {chosen}" * (chosen != "sdpa")
     return Line("attention", FAIL if wrong else OK, found, "model.attention=eager does without this kernel; another build of torch may mend it.")
 
 

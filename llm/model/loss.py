@@ -24,7 +24,7 @@ class Head(Linear):
 
     def __init__(self, cfg: ModelConfig):
         super().__init__(cfg.d_model, cfg.vocab_size, bias=cfg.head_bias)
-        self.softcap = cfg.logit_softcap
+        self.softcap, self.packed = cfg.logit_softcap, None
         self.take_loss = take_loss_in_slices_  # or take_loss_ compiled, which needs no slices
 
     def forward(self, x: Tensor, targets_BT: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
@@ -33,7 +33,7 @@ class Head(Linear):
         With z_loss, so much of the square of ln Z is added for each of them, Z the softmax's denominator; PaLM, arXiv 2204.02311, section 5.
         """
         if targets_BT is None:
-            return capped(super().forward(x), self.softcap)
+            return capped(self.packed(x) if self.packed else super().forward(x), self.softcap)
         return _HeadLoss.apply(x.flatten(0, -2), self.weight, self.bias, targets_BT.flatten(), self, z_loss, torch.is_grad_enabled())
 
 

@@ -3,7 +3,7 @@
 import torch
 from torch import Tensor, nn
 
-from llm.model.loss import capped
+from llm.model.loss import Head
 
 
 class PackedLinear(nn.Module):
@@ -16,20 +16,21 @@ class PackedLinear(nn.Module):
         super().__init__()
         self.weight = torch.ops.mkldnn._reorder_linear_weight(linear.weight.detach())  # opaque, hence no buffer
         self.bias = None if linear.bias is None else linear.bias.detach()
-        self.softcap = getattr(linear, "softcap", None)  # a head's
 
     def forward(self, x: Tensor) -> Tensor:
-        return capped(torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], ""), self.softcap)
+        return torch.ops.mkldnn._linear_pointwise(x, self.weight, self.bias, "none", [], "")
 
 
 def pack(model: nn.Module) -> None:
     """Put a PackedLinear in the place of every linear map, where this machine can: weights on a CPU, and a torch with oneDNN.
 
-    A head that is tied to the embedding becomes a copy.
+    The head keeps its weight beside the packed one, for losses.
     """
     for parent in list(model.modules()):
         for name, child in parent.named_children():
-            if isinstance(child, nn.Linear) and _can_pack(child.weight):
+            if isinstance(child, Head) and _can_pack(child.weight):
+                child.packed = PackedLinear(child)
+            elif isinstance(child, nn.Linear) and _can_pack(child.weight):
                 setattr(parent, name, PackedLinear(child))
 
 

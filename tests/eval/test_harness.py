@@ -22,7 +22,8 @@ def requests(kind: str, *arguments) -> list[Instance]:
 def write_tasks(folder):
     arc = {"question": "Q", "choices": {"text": ["x", "yes indeed"], "label": ["A", "B"]}, "answerKey": "B"}
     gsm = {"question": "1+1?", "answer": "It is 2.\n#### 2"}
-    for path, row in (("arc_easy/test.jsonl", arc), ("gsm8k/train.jsonl", gsm), ("gsm8k/test.jsonl", gsm)):
+    swag = {"ctx_a": "He", "ctx_b": "then", "activity_label": "Act", "endings": ["goes.", "sings.", "sits.", "eats."], "label": "1", "ind": 0}
+    for path, row in (("arc_easy/test.jsonl", arc), ("hellaswag/validation.jsonl", swag), ("gsm8k/train.jsonl", gsm), ("gsm8k/test.jsonl", gsm)):
         (folder / path).parent.mkdir(exist_ok=True)
         (folder / path).write_text((json.dumps(row) + "\n") * 6)
     return folder

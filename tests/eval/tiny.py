@@ -43,9 +43,9 @@ def plain_score(model: Transformer, context, continuation) -> tuple[float, bool]
     return sum(found), log_probs.argmax(-1).tolist() == list(continuation)
 
 
-def write_mmlu(folder: Path, subjects: list[str]) -> Path:
+def write_mmlu(folder: Path, subjects: list[str], shots: int = 2) -> Path:
     for at, name in enumerate(subjects):
-        for split, rows in (("dev", QUESTIONS[:2]), ("test", QUESTIONS[at % 2 :] + QUESTIONS)):
+        for split, rows in (("dev", (QUESTIONS * 2)[:shots]), ("test", QUESTIONS[at % 2 :] + QUESTIONS)):
             (folder / split).mkdir(parents=True, exist_ok=True)
             with open(folder / split / f"{name}_{split}.csv", "w", newline="", encoding="utf-8") as file:
                 csv.writer(file).writerows(rows)

@@ -14,15 +14,17 @@ pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @torch.inference_mode()
 def test_a_packed_model_gives_the_logits_of_the_plain_one(dtype):
-    cfg = ModelConfig(n_layers=2, d_model=48, n_heads=4, d_ff=72, seq_len=32, vocab_size=200, bias=True, tie_embeddings=True, init_std=0.3)
+    size = dict(n_layers=2, d_model=48, n_heads=4, d_ff=72, seq_len=32, vocab_size=200)
+    cfg = ModelConfig(**size, logit_softcap=20.0, bias=True, tie_embeddings=True, init_std=0.3)
     model, tokens = build_model(cfg, 1).eval(), torch.arange(64).view(2, 32)
     with torch.no_grad():
         for weight in model.parameters():
             weight.data = (weight + 0.1).to(dtype)  # biases matter too
-    before = [model(tokens[:, :length]) for length in (1, 7, 32)]
+    before, loss = [model(tokens[:, :length]) for length in (1, 7, 32)], model(tokens, tokens)
     pack(model)
-    assert not any(isinstance(module, nn.Linear) for module in model.modules())
+    assert [module for module in model.modules() if isinstance(module, nn.Linear)] == [model.head]
     assert sum(isinstance(module, PackedLinear) for module in model.modules()) == 9
     assert (model.dtype, model.device.type) == (dtype, "cpu")
     for length, logits in zip((1, 7, 32), before, strict=True):
         torch.testing.assert_close(model(tokens[:, :length]), logits, atol=1e-4 if dtype == torch.float32 else 0.25, rtol=1e-2)
+    torch.testing.assert_close(model(tokens, tokens), loss, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=0)
