@@ -64,6 +64,19 @@ def _step_range(value: Any) -> Any:
 StepRange = Annotated[tuple[int, int], BeforeValidator(_step_range)]
 
 
+def _micro_rows(value: Any) -> int | str:
+    """Check a number of rows, or auto."""
+    text = str(value).strip()
+    if text == "auto":
+        return text
+    if isinstance(value, bool) or not text.isdigit() or int(text) < 1:
+        raise ValueError("give a number of rows above 0, or auto")
+    return int(text)
+
+
+MicroRows = Annotated[int | str, BeforeValidator(_micro_rows)]
+
+
 def interval_steps(interval: Interval, phase_steps: int) -> int:
     """The interval in optimizer steps for a phase of `phase_steps`; 0 means never."""
     if isinstance(interval, str):
@@ -217,7 +230,7 @@ class DataConfig(Section):
 class TrainConfig(Section):
     lr: PositiveFloat
     """Peak learning rate."""
-    batch_size: PositiveInt | Literal["auto"]
+    batch_size: MicroRows
     """Rows per rank and micro-batch. auto: as many as fit into memory, tried out at the start; the global batch is then batch_tokens."""
     grad_accum: PositiveInt | None = None
     batch_tokens: PositiveInt | None = None
