@@ -29,6 +29,8 @@ def main() -> None:
 
     work.positive(mfu=args.mfu, hours_a_day=args.hours_a_day, price=args.price, network=args.network, gpus_per_node=args.gpus_per_node)
     cfg = load_config(args.config, args.overrides, preset=args.model)
+    if cfg.train.batch_size == "auto":  # every size is looked at anyway; this one is called the config's
+        cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"batch_size": 1})})
     data = work.find_data(cfg)
     cfg, assumed = work.settle_vocabulary(cfg, data)
     gpu = args.gpu or hardware.device_here()

@@ -15,6 +15,7 @@ BUCKET_ELEMENTS = 80_000_000  # llm/engine/ds_config.py, which needs torch; a te
 Z3_REUSE_ELEMENTS = 1_000_000_000  # DeepSpeed's stage3_max_reuse_distance: what is needed again within so many stays gathered
 Z3_PREFETCH_ELEMENTS = 50_000_000  # ds_configs/zero3.json
 LOSS_CHUNK_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}  # llm/model/loss.py
+EAGER_QUERIES = 128  # llm/model/attention.py
 LOSS_SLICE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 
@@ -108,13 +109,19 @@ def block_bytes(m: ModelConfig, engine: EngineConfig, device: str) -> int:
     mlp = m.d_ff * c * (2 if m.mlp == "gelu" else 3 if fused else 4)
     turned = m.positions == "rope" or m.qk_norm
     if m.attention == "eager":
-        probabilities = m.n_heads * m.seq_len * (4 if fused or c == 4 else 6)
+        probabilities = m.n_heads * _eager_scores(m) // m.seq_len * (4 if fused or c == 4 else 6)
         attention = 4 * c * q + probabilities + (c * (q + 2 * kv) if m.qk_norm and (device == "cuda" or c == 4) else 0)
     else:  # v is a view of qkv, so all of it stays; q and k are other tensors once they were turned or normalised
         attention = c * (q + 2 * kv) + (c * (q + kv) if turned else 0) + c * q + 4 * m.n_heads
     if m.qk_norm and device == "cpu" and not fused:
         attention += (12 - 2 * c) * (q + kv)  # torch's CPU form of the norm keeps its steps, in fp32
     return norms + normed + mlp + attention
+
+
+def _eager_scores(m: ModelConfig) -> int:
+    """Of a head and row: queries are taken some at a time, and look at no key behind their own end."""
+    stops = [min(start + EAGER_QUERIES, m.seq_len) for start in range(0, m.seq_len, EAGER_QUERIES)]
+    return sum((stop - start) * stop for start, stop in zip([0, *stops], stops, strict=False))
 
 
 def _normed_bytes(m: ModelConfig, engine: EngineConfig) -> int:
@@ -141,7 +148,7 @@ def _mask_bytes(cfg: RunConfig) -> int:
     """Of one block and micro-batch: eager attention keeps its mask as booleans, SDPA as numbers where it needs one."""
     m, rows = cfg.model, cfg.train.batch_size if cfg.data.document_mask else 1
     if m.attention == "eager":
-        return rows * m.seq_len**2
+        return rows * _eager_scores(m)
     needed = cfg.data.document_mask or (m.sliding_window or m.seq_len) < m.seq_len
     return rows * m.seq_len**2 * _compute_bytes(cfg.engine) if needed else 0
 

@@ -18,7 +18,7 @@ PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 STATE = ("weights", "masters", "gradients", "moments")
 TOY = ["vocab_size=4224", "batch_size=2", "seq_len=128", "batch_tokens=512"]
 FAMILIES = {
-    "toy": [],
+    "toy": ["seq_len=256", "batch_tokens=1024"],  # in two parts of queries
     "fp32": ["precision=fp32", "attention=sdpa"],
     "checkpointed": ["activation_checkpointing=true", "attention=sdpa"],
     "gpt2": ["norm=layernorm", "mlp=gelu", "bias=true", "positions=learned", "attention=sdpa"],
@@ -86,12 +86,13 @@ def test_planned_bytes_of_every_zero_stage_on_two_ranks_are_those_counted(tmp_pa
 
 def test_the_planner_knows_the_buckets_that_deepspeed_is_given():
     from llm.engine.ds_config import BUCKET_ELEMENTS
-    from llm.model import loss
+    from llm.model import attention, loss
 
     zero3 = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())["zero_optimization"]
     assert memory.BUCKET_ELEMENTS == BUCKET_ELEMENTS
     assert zero3["stage3_prefetch_bucket_size"] == memory.Z3_PREFETCH_ELEMENTS
     assert memory.LOSS_SLICE_ELEMENTS == {"cpu": loss.CPU_SLICE, "cuda": loss.GPU_SLICE}
+    assert memory.EAGER_QUERIES == attention.EAGER_QUERIES
     assert memory.LOSS_CHUNK_ELEMENTS == {"cpu": loss.CPU_CHUNK, "cuda": loss.GPU_CHUNK}
 
 

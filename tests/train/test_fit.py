@@ -9,7 +9,6 @@ from little_run import SEQ_LEN, make_run, sit
 from ranks import run_ranks
 
 from llm.config import ConfigError, batch_plan, load_config
-from llm.dist import World
 from llm.engine.torch_engine import TorchEngine
 from llm.train.fit import OutOfMemory, fitted, smaller_rows
 
@@ -27,33 +26,47 @@ def memory_for(rows: int, error: BaseException, spared: int = 0):
     return mock.patch.object(TorchEngine, "_loss", loss)
 
 
-def runs_to_the_end(root, rows, memory: int | None = None, error=None, spared: int = 0, **changes) -> dict:
-    config = str(make_run(root, batch_size=rows, **changes))
+ERRORS = {
+    "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory"),
+    "host": MemoryError,
+    "torch on a cpu": lambda: RuntimeError("can't allocate memory: 8 bytes"),
+    "another": lambda: RuntimeError("another"),
+}
+
+
+def train(world, config: str, memory: int | None, error: str, spared: int) -> dict:
+    """What a run ends with, or how it failed."""
     if memory is None:
-        return sit(World(), config)
-    with memory_for(memory, error, spared):
-        return sit(World(), config)
+        return sit(world, config)
+    with memory_for(memory, ERRORS[error](), spared):
+        try:
+            return sit(world, config)
+        except (OutOfMemory, RuntimeError) as failure:
+            return {type(failure).__name__: str(failure)}
 
 
-@pytest.mark.parametrize("error", [torch.OutOfMemoryError("CUDA out of memory"), MemoryError(), RuntimeError("can't allocate memory: 8 bytes")])
+def run_of(root, rows, memory: int | None = None, error: str = "cuda", spared: int = 0, **changes) -> dict:
+    config = str(make_run(root, batch_size=rows, **changes))
+    return run_ranks(train, 1, root, config, memory, error, spared)[0]  # in a process of its own, because a run takes over the output
+
+
+@pytest.mark.parametrize("error", ["cuda", "host", "torch on a cpu"])
 def test_after_running_out_of_memory_the_run_is_that_of_the_smaller_micro_batch(tmp_path, error):
-    small = runs_to_the_end(tmp_path / "small", 2, batch_tokens=8 * SEQ_LEN)
+    small = run_of(tmp_path / "small", 2, batch_tokens=8 * SEQ_LEN)
     # in the second micro-batch of the first step, when the first one has left its gradients
-    halved = runs_to_the_end(tmp_path / "halved", 4, memory=2, error=error, spared=1, batch_tokens=8 * SEQ_LEN)
+    halved = run_of(tmp_path / "halved", 4, memory=2, error=error, spared=1, batch_tokens=8 * SEQ_LEN)
     assert halved["step"] == 5
     assert (halved["chain"], halved["state"], halved["ledger"]) == (small["chain"], small["state"], small["ledger"])
 
 
 def test_other_errors_and_a_single_row_too_many_end_the_run(tmp_path):
-    with pytest.raises(OutOfMemory, match="with 1 rows a micro-batch.*activation_checkpointing"):
-        runs_to_the_end(tmp_path / "a", 2, memory=0, error=torch.OutOfMemoryError("no"))
-    with pytest.raises(RuntimeError, match="another"):
-        runs_to_the_end(tmp_path / "b", 2, memory=0, error=RuntimeError("another"))
+    told = run_of(tmp_path / "a", 2, memory=0)["OutOfMemory"]
+    assert "with 1 rows a micro-batch" in told and "activation_checkpointing" in told
+    assert run_of(tmp_path / "b", 2, memory=0, error="another") == {"RuntimeError": "another"}
 
 
 def test_auto_takes_the_largest_that_fits(tmp_path):
-    found = runs_to_the_end(tmp_path / "auto", "auto", memory=2, error=torch.OutOfMemoryError("no"))
-    assert found["state"] == runs_to_the_end(tmp_path / "two", 2)["state"]
+    assert run_of(tmp_path / "auto", "auto", memory=2)["state"] == run_of(tmp_path / "two", 2)["state"]
 
 
 def auto_where_rank_1_has_less(world, config, stage) -> int:
