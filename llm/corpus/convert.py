@@ -44,9 +44,7 @@ def _txt(path: Path, separator: str):
         def write(document: Document) -> None:
             nonlocal first
             if separator in document.text:
-                raise UserError(
-                    f"{document.source}: a document holds the separator {separator!r} and would be read back as several. Choose another."
-                )
+                raise UserError(f"{document.source}: a document holds the separator {separator!r} and would be read back as several. Choose another.")
             if first and document.conversation:
                 log.warning("conversations become plain text in a .txt file, special tokens too; .jsonl and .parquet keep them conversations")
             file.write(("" if first else separator) + document.text)

@@ -10,7 +10,7 @@ from typing import BinaryIO
 
 from llm.corpus import column_files, compressed, text_files
 from llm.corpus.options import ReadOptions
-from llm.corpus.records import LINES, Record
+from llm.corpus.records import LINES, Record, separator_of
 from llm.corpus.shapes import SHAPES, shape_for
 from llm.log import UserError, log
 
@@ -34,7 +34,7 @@ class Reader:
 READERS = {
     "txt": Reader(
         (".txt", ".text"), text_files.text_stream, text_files.text_records,
-        lambda path, wanted, options: text_files.unit_borders(path, text_files.text_separator(options), wanted),
+        lambda path, wanted, options: text_files.unit_borders(path, separator_of(options.separator), wanted),
     ),
     "jsonl": Reader(
         (".jsonl", ".ndjson"), text_files.jsonl_stream, text_files.jsonl_records,
@@ -79,10 +79,14 @@ def _is_compressed(path: Path) -> bool:
     return path.suffix in compressed.SUFFIXES
 
 
+def _said(options: ReadOptions, names: Iterable[str]) -> str | None:
+    """The one of these names that --format says."""
+    return next((word for word in (options.format or "").split(",") if word in names), None)
+
+
 def container_of(path: Path, options: ReadOptions) -> str:
     """The name in READERS. First bytes win over the name: many .json files are JSON lines."""
-    forced = next((word for word in (options.format or "").split(",") if word in READERS), None)
-    if forced:
+    if forced := _said(options, READERS):
         return forced
     by_name = _kind_by_name(path)
     if path.suffix == ".zip":
@@ -125,7 +129,7 @@ def _of_stream(container: str, path: Path):
 
 
 def _zipped(path: Path, options: ReadOptions) -> Iterator[Record]:
-    forced = next((word for word in (options.format or "").split(",") if word in READERS), None)
+    forced = _said(options, READERS)
     names = compressed.members(path)
     left_out = [name for name in names if not forced and (_kind_by_name(Path(name)) is None or _is_compressed(Path(name)))]
     if left_out:
@@ -169,8 +173,7 @@ def shape_of(path: Path, options: ReadOptions) -> str:
 
 @lru_cache(maxsize=4096)
 def _shape_of(path: Path, size: int, _: int, options: ReadOptions) -> str:
-    forced = next((word for word in (options.format or "").split(",") if word in SHAPES), None)
-    if forced or options.text_field:
+    if (forced := _said(options, SHAPES)) or options.text_field:
         return forced or "text"
     found = Counter()
     for record in islice(read_records(path, 0, size, options), _LOOK_AT):
