@@ -1,12 +1,13 @@
 """Which files can be read, and how each is: its container by name and first bytes, the shape of its records by their fields."""
 
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BufferedReader
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
 from llm.corpus import column_files, compressed, text_files
 from llm.corpus.options import ReadOptions
@@ -23,7 +24,7 @@ class Reader:
     """How the records of one kind of file are had. To add a kind: these functions and a row in READERS."""
 
     suffixes: tuple[str, ...]
-    stream: Callable[[BinaryIO, ReadOptions, Path], Iterator[Record]] | None = None
+    stream: Callable[[BufferedReader, ReadOptions, Path], Iterator[Record]] | None = None
     """From bytes in order, so from inside a compressed file too."""
     part: Callable[[Path, int, int, ReadOptions], Iterator[Record]] | None = None
     """From bytes [start, stop) of a file, which are borders."""
@@ -97,7 +98,7 @@ def container_of(path: Path, options: ReadOptions) -> str:
         return "arrow"
     if head.startswith(column_files.PARQUET_MAGIC):
         return "parquet"
-    if by_name == "json" and text_files.is_json_lines(head.removeprefix(b"\xef\xbb\xbf").lstrip()):
+    if by_name == "json" and text_files.is_json_lines(head.removeprefix(BOM_UTF8).lstrip()):
         return "jsonl"
     if by_name is None:
         raise UserError(f"{path}: cannot tell what kind of file this is. Say it: --format {', '.join(READERS)}.")
@@ -110,14 +111,13 @@ def read_records(path: Path, start: int, stop: int, options: ReadOptions) -> Ite
         yield from _zipped(path, options)
         return
     container = container_of(path, options)
-    reader = READERS[container]
     if _is_compressed(path):
         with compressed.opened(path) as stream:
             yield from _of_stream(container, path)(stream, options, path)
-    elif reader.part:
+    elif (reader := READERS[container]).part:
         yield from reader.part(path, start, stop, options)
     else:
-        with open(path, "rb") as stream:
+        with open(path, "rb", 1 << 20) as stream:
             yield from reader.stream(stream, options, path)
 
 

@@ -2,11 +2,11 @@
 
 import codecs
 import csv
-import io
 import json
 import re
 from collections.abc import Iterator
 from functools import partial
+from io import BufferedReader, TextIOWrapper
 from itertools import chain, starmap
 from pathlib import Path
 from typing import BinaryIO
@@ -76,11 +76,9 @@ def unit_borders(path: Path, separator: re.Pattern | None, wanted: list[int]) ->
 # .json: an array of records, an object that holds or is them, or lines under the wrong name
 
 
-def json_stream(stream: BinaryIO, options: ReadOptions, path: Path) -> Iterator[Record]:
+def json_stream(stream: BufferedReader, options: ReadOptions, path: Path) -> Iterator[Record]:
     """Elements of an array one at a time; an object whole: SQuAD's data, or a dictionary of named records."""
-    head = stream.read(1 << 16)
-    body = head.removeprefix(codecs.BOM_UTF8).lstrip()
-    stream = io.BufferedReader(_Again(head, stream))
+    body = stream.peek(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
     if body.startswith(b"["):
         yield from _array(stream, path)
     elif is_json_lines(body):
@@ -96,21 +94,6 @@ def is_json_lines(head: bytes) -> bool:
         return bool(rest.strip()) and isinstance(json.loads(line), dict)
     except (ValueError, RecursionError):
         return False
-
-
-class _Again(io.RawIOBase):
-    """A stream whose head was read already, from its start."""
-
-    def __init__(self, head: bytes, rest: BinaryIO):
-        self._head, self._rest = io.BytesIO(head), rest
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target) -> int:
-        data = self._head.read(len(target)) or self._rest.read(len(target))
-        target[: len(data)] = data
-        return len(data)
 
 
 def _array(stream: BinaryIO, path: Path) -> Iterator[Record]:
@@ -182,7 +165,7 @@ def _broken(path: Path, where: str, error) -> UserError:
 def csv_stream(stream: BinaryIO, _: ReadOptions, path: Path, delimiter: str = ",") -> Iterator[Record]:
     """Rows as fields. The first row names them, unless it looks like MMLU's, which has no header: a question, four choices, a letter."""
     csv.field_size_limit(MAX_CELL_BYTES)
-    lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    lines = TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     first = lines.readline()
     if delimiter == "," and first.count(";") > first.count(","):
         delimiter = ";"
