@@ -17,7 +17,7 @@ from llm.corpus.documents import Counts, Document, read_documents
 from llm.corpus.masks import Spans, document_spans
 from llm.corpus.options import ReadOptions
 from llm.corpus.parts import DIGEST_BYTES, ROLES, PartWriter
-from llm.corpus.plan import Task, Unit
+from llm.corpus.plan import Task, Unit, handfuls
 from llm.data.permutation import Permutation
 from llm.log import UserError
 from llm.tokenizer import Tokenizer, load_tokenizer
@@ -114,7 +114,7 @@ def encode_unit(unit: Unit, job: Job, tokenizer: Tokenizer, encode: Encode, part
             part.end_unit(unit_id, counts, {})
             return
     counts, is_val, eos = Counts(), bytearray(), np.array(tokenizer.eos_id, job.dtype).tobytes()
-    for batch in _batches(_documents(unit, job, counts)):
+    for batch in handfuls(_documents(unit, job, counts), lambda document: len(document.text), BATCH_CHARS):
         for document, (ids, spans) in zip(batch, encode_documents(batch, job.request.options.template, tokenizer, encode), strict=True):
             digest = document_digest(document.identity())
             is_val.append(_is_val(digest, job.request.val_ratio))
@@ -204,15 +204,3 @@ def _orders(is_val: np.ndarray, unit_id: str, shuffle_seed: int | None) -> dict[
 
 def _documents(unit: Unit, job: Job, counts: Counts) -> Iterator[Document]:
     return read_documents(unit.source.path, unit.source.name, unit.start, unit.stop, job.request.options, counts)
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, n_chars = [], 0
-    for document in documents:
-        batch.append(document)
-        n_chars += len(document.text)
-        if n_chars >= BATCH_CHARS:
-            yield batch
-            batch, n_chars = [], 0
-    if batch:
-        yield batch

@@ -6,9 +6,10 @@ Into units, whose borders never depend on the number of workers, and tasks: hand
 import os
 import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
 from llm.corpus import compressed
 from llm.corpus.formats import is_cut, is_readable, kinds, unit_borders
@@ -20,6 +21,7 @@ from llm.log import UserError, log, progress
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 4 << 20, 512 << 20
 UNITS_PER_SOURCE = 64
 TASK_BYTES = 4 << 20
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -135,17 +137,18 @@ def _known_by_name(manifest: Manifest | None) -> dict[str, list[dict]]:
 
 def plan_tasks(units: list[Unit], settings: dict) -> list[Task]:
     """Units by handfuls: small files would drown in overhead one by one. The key changes with whatever could change the part."""
-    return [Task(_key(handful, settings), tuple(handful)) for handful in _handfuls(units)]
+    return [Task(_key(handful, settings), tuple(handful)) for handful in handfuls(units, lambda unit: unit.stop - unit.start, TASK_BYTES)]
 
 
-def _handfuls(units: list[Unit]) -> Iterator[list[Unit]]:
-    handful, n_bytes = [], 0
-    for unit in units:
-        handful.append(unit)
-        n_bytes += unit.stop - unit.start
-        if n_bytes >= TASK_BYTES:
+def handfuls(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Items side by side, as soon as their sizes come to `limit`."""
+    handful, total = [], 0
+    for item in items:
+        handful.append(item)
+        total += size(item)
+        if total >= limit:
             yield handful
-            handful, n_bytes = [], 0
+            handful, total = [], 0
     if handful:
         yield handful
 
