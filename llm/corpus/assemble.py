@@ -1,14 +1,16 @@
 """Parts to shards: whole units in an order that depends on contents alone, gathered up to a target size and published."""
 
+import json
 from collections.abc import Iterator
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
-from llm.corpus.encode import source_id_of
+from llm.corpus.encode import Request, source_id_of
 from llm.corpus.masks import joined
 from llm.corpus.parts import ROLES, PartUnit
 from llm.corpus.plan import Source
+from llm.data.manifest import load_manifest
 from llm.data.record import ShardError
 from llm.data.shard_meta import META_SUFFIX, ShardMeta, token_dtype
 from llm.data.shards import Shard, write_shard
@@ -62,15 +64,11 @@ def distinct_units(sources: list[ReadSource]) -> list[PartUnit]:
 
 @dataclass(frozen=True)
 class ShardWriter:
-    """Publishes shards of one dataset folder, each made of whole units."""
+    """Publishes shards in the folder of a request, each made of whole units."""
 
-    folder: Path
-    name: str
-    """basename, for people"""
-    timestamp: str
-    shard_tokens: int
+    request: Request
     tokenizer: dict
-    seq_len: int
+    timestamp: str
     writer: dict
 
     def publish(self, units: list[PartUnit]) -> list[ShardMeta]:
@@ -84,13 +82,13 @@ class ShardWriter:
         return published
 
     def _stem(self, role: str) -> str:
-        return f"{self.name}{'-val' if role == 'val' else ''}.cached.{self.seq_len}.{self.timestamp}"
+        return f"{self.request.out.resolve().name}{'-val' if role == 'val' else ''}.cached.{self.request.seq_len}.{self.timestamp}"
 
     def _groups(self, units: list[PartUnit], role: str) -> Iterator[list[PartUnit]]:
         group, n_tokens = [], 0
         for unit in units:
             unit_tokens = unit.record[role]["tokens"]
-            if group and n_tokens + unit_tokens > self.shard_tokens:
+            if group and n_tokens + unit_tokens > self.request.shard_tokens:
                 yield group
                 group, n_tokens = [], 0
             if unit_tokens:
@@ -102,14 +100,14 @@ class ShardWriter:
     def _write(self, name: str, role: str, group: list[PartUnit]) -> ShardMeta:
         dtype = token_dtype(self.tokenizer["vocab_size"])
         return write_shard(
-            self.folder,
+            self.request.out,
             name,
             (piece for unit in group for piece in unit.pieces(role, dtype)),
             dtype=dtype,
             tokenizer=self.tokenizer,
             units=[self._unit_entry(unit, role) for unit in group],
             role=role,
-            seq_len=self.seq_len,
+            seq_len=self.request.seq_len,
             writer=self.writer,
             mask_spans=joined((unit.spans(role), unit.record[role]["tokens"]) for unit in group),
         )
@@ -125,10 +123,10 @@ class ShardWriter:
         }
 
     def _finished(self, name: str, group: list[PartUnit]) -> ShardMeta | None:
-        path = self.folder / f"{name}{META_SUFFIX}"
+        path = self.request.out / f"{name}{META_SUFFIX}"
         if not path.exists():
             return None
-        wanted = ([unit.unit_id for unit in group], self.tokenizer, self.seq_len, self.writer)
+        wanted = ([unit.unit_id for unit in group], self.tokenizer, self.request.seq_len, self.writer)
         try:
             meta = Shard.open(path).meta
         except ShardError:
@@ -140,7 +138,7 @@ class ShardWriter:
 
     def _remove_leftovers(self, published: set[Path]) -> None:
         """An interrupted run may have had other files to read. What it published nobody has seen: no manifest names it."""
-        for path in list(self.folder.iterdir()):
+        for path in list(self.request.out.iterdir()):
             if f".{self.timestamp}-" in path.name and path.name.endswith(META_SUFFIX) and path not in published:
                 _remove(path)
             elif path.name.endswith(".tmp"):
@@ -151,3 +149,21 @@ def _remove(meta_path: Path) -> None:
     stem = meta_path.name.removesuffix(META_SUFFIX)
     for suffix in (META_SUFFIX, ".bin", ".idx", ".mask"):  # the meta first: without it there is no shard
         meta_path.with_name(stem + suffix).unlink(missing_ok=True)
+
+
+def emit_jsonl(folder: Path) -> None:
+    """Beside each shard of a dataset that has none yet, a .jsonl: one list of ids a line, a document each."""
+    for entry in load_manifest(folder).shards:
+        shard = Shard.open(folder / entry["path"])
+        path = folder / f"{shard.meta.name}.jsonl"
+        if not path.exists():
+            _write_ids(shard, path)
+
+
+def _write_ids(shard: Shard, path: Path) -> None:
+    tmp, start = path.with_name(path.name + ".tmp"), 0
+    with open(tmp, "w", encoding="ascii") as file:
+        for end in shard.doc_ends.tolist():
+            file.write(json.dumps(shard.tokens(start, end).tolist()) + "\n")
+            start = end
+    tmp.replace(path)

@@ -1,11 +1,11 @@
 """A recipe's documents as one .jsonl file: from the files it names or from files at hand, all of them or a sample."""
 
 import hashlib
-import json
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
 
+from llm.corpus.convert import jsonl_writer, write_documents
 from llm.corpus.documents import Document
 from llm.corpus.fetch import fetch
 from llm.corpus.read_all import read_all
@@ -27,30 +27,21 @@ def collect(
 
     Which documents are in a sample depends on their texts alone.
     """
-    recipe = RECIPES[dataset]
+    recipe, sizes = RECIPES[dataset], []
     limit = max_bytes or recipe.max_bytes or float("inf")
-    docs, n_bytes = 0, 0
-    tmp = out.with_name(out.name + ".tmp")
-    try:
-        out.parent.mkdir(parents=True, exist_ok=True)
-        with open(tmp, "w", encoding="utf-8") as file:
-            for document in _documents(dataset, recipe, out, inputs, sample):
-                size = len(document.text.encode())
-                if n_bytes + size > limit:
-                    continue  # a shorter one may still fit
-                document = rewrite(document) if rewrite else document
-                file.write(json.dumps({**document.to_json(), "source": document.source}, ensure_ascii=False) + "\n")
-                docs, n_bytes = docs + 1, n_bytes + size
-    except OSError as error:
-        raise UserError(f"{out}: cannot be written ({error.strerror}). Choose another --out.") from None
-    except UserError:
-        tmp.unlink(missing_ok=True)
-        raise
-    if not docs:
-        tmp.unlink()
-        raise UserError(f"dataset {dataset!r} has no text here within {limit:,} bytes. Raise --max-bytes or --sample, or bring text of your own.")
-    tmp.replace(out)
-    return Collected(docs, n_bytes)
+
+    def chosen() -> Iterator[Document]:
+        n_bytes = 0
+        for document in _documents(dataset, recipe, out, inputs, sample):
+            size = len(document.text.encode())
+            if n_bytes + size <= limit:  # else a shorter one may still fit
+                n_bytes += size
+                sizes.append(size)
+                yield rewrite(document) if rewrite else document
+        if not sizes:
+            raise UserError(f"dataset {dataset!r} has no text here within {limit:,} bytes. Raise --max-bytes or --sample, or bring text of your own.")
+
+    return Collected(write_documents(chosen(), out, jsonl_writer), sum(sizes))
 
 
 def _documents(dataset: str, recipe: Recipe, out: Path, inputs: list[str] | None, sample: float) -> Iterator[Document]:

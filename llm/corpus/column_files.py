@@ -84,9 +84,9 @@ def _rows(batches, path: Path, row: int, position: int | None) -> Iterator[Recor
         if batch is None:
             return
         for first in range(0, batch.num_rows, _BATCH_ROWS):
-            for content, was_bad in _contents(batch.slice(first, _BATCH_ROWS)):
+            for content in _contents(batch.slice(first, _BATCH_ROWS)):
                 row += 1
-                yield Record(row if position is None else position, f"row {row:,}", content, was_bad)
+                yield Record(row if position is None else position, f"row {row:,}", content)
 
 
 def _validate(batch) -> None:
@@ -99,27 +99,27 @@ def _validate(batch) -> None:
             raise
 
 
-def _contents(batch) -> Iterator[tuple[object, bool]]:
+def _contents(batch) -> Iterator[dict | ValueError]:
     try:
-        yield from ((row, False) for row in batch.to_pylist())
+        yield from batch.to_pylist()
     except UnicodeDecodeError:  # Arrow does not check that strings are UTF-8
         for i in range(batch.num_rows):
-            yield _repaired(batch.slice(i, 1))
+            yield _escaped(batch.slice(i, 1))
 
 
-def _repaired(batch) -> tuple[object, bool]:
-    library, fields, any_bad = pyarrow(), {}, False
+def _escaped(batch) -> dict | ValueError:
+    """The only row of a batch in which some string is no UTF-8."""
+    types, fields = pyarrow().types, {}
     for name, column in zip(batch.schema.names, batch.columns, strict=True):
-        if library.types.is_string(column.type) or library.types.is_large_string(column.type):
-            raw = column.view(library.large_binary() if library.types.is_large_string(column.type) else library.binary())[0].as_py()
-            fields[name], was_bad = decoded(raw) if raw is not None else (None, False)
-            any_bad |= was_bad
-        else:
-            try:
-                fields[name] = column[0].as_py()
-            except UnicodeDecodeError as error:
-                return ValueError(f"column {name!r} holds bytes that are no UTF-8 ({error.reason})"), False
-    return fields, any_bad
+        if types.is_string(column.type) or types.is_large_string(column.type):
+            raw = column.cast("large_binary")[0].as_py()
+            fields[name] = None if raw is None else decoded(raw)
+            continue
+        try:
+            fields[name] = column[0].as_py()
+        except UnicodeDecodeError as error:
+            return ValueError(f"column {name!r} holds bytes that are no UTF-8 ({error.reason})")
+    return fields
 
 
 def _damaged(path: Path, error: Exception, where: str = "") -> UserError:

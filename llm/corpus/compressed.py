@@ -1,13 +1,12 @@
 """Compressed files: .gz, .zst and .zip as streams of bytes, which end with an error when they expand beyond all measure."""
 
 import gzip
-import io
 import zipfile
 import zlib
 from collections.abc import Iterator
 from contextlib import contextmanager
+from io import BufferedReader, RawIOBase
 from pathlib import Path
-from typing import BinaryIO
 
 from llm.corpus.column_files import pyarrow
 from llm.log import UserError
@@ -17,21 +16,21 @@ MAX_EXPANSION, FREE_BYTES = 200, 64 << 20  # text seldom shrinks to less than a 
 
 
 @contextmanager
-def opened(path: Path) -> Iterator[BinaryIO]:
+def opened(path: Path) -> Iterator[BufferedReader]:
     """A .gz or .zst as the bytes inside. Raises UserError where they cannot be had."""
     with open(path, "rb") as file:
         with _told(path):
             inside = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else pyarrow().CompressedInputStream(file, "zstd")
-        yield _bounded(inside, path, path.stat().st_size)
+        yield BufferedReader(_Bounded(inside, path, path.stat().st_size), 1 << 20)
 
 
 @contextmanager
-def opened_member(path: Path, member: str) -> Iterator[BinaryIO]:
+def opened_member(path: Path, member: str) -> Iterator[BufferedReader]:
     """A file inside a .zip."""
     with _archive(path) as archive:
         with _told(path):
             inside = archive.open(member)
-        yield _bounded(inside, path, archive.getinfo(member).compress_size)
+        yield BufferedReader(_Bounded(inside, path, archive.getinfo(member).compress_size), 1 << 20)
 
 
 def unpacked_size(path: Path) -> int:
@@ -54,11 +53,7 @@ def _archive(path: Path) -> zipfile.ZipFile:
         return zipfile.ZipFile(path)
 
 
-def _bounded(inside, path: Path, compressed_bytes: int) -> BinaryIO:
-    return io.BufferedReader(_Bounded(inside, path, compressed_bytes), 1 << 20)
-
-
-class _Bounded(io.RawIOBase):
+class _Bounded(RawIOBase):
     def __init__(self, inside, path: Path, compressed_bytes: int):
         self._inside, self._path = inside, path
         self._limit, self._read = FREE_BYTES + MAX_EXPANSION * compressed_bytes, 0

@@ -10,19 +10,25 @@ from llm.corpus.documents import Document
 from llm.log import UserError, log
 
 GROUP_BYTES = 32 << 20  # of text in a row group: little enough to hold, and a unit of its own for tokenizing
-Write = Callable[[Document], None]
+Writer = Callable[[Path, str], AbstractContextManager[Callable[[Document], None]]]
+"""From a path and a separator to a context that gives what writes a document."""
 
 
 def convert(documents: Iterable[Document], out: Path, separator: str) -> int:
-    """Write the documents to `out`, in the kind of file that its suffix says; it appears whole or not at all. Returns how many."""
+    """`write_documents` to a new file, in the kind that its suffix says."""
     if out.suffix not in WRITERS:
         raise UserError(f"{out}: cannot write files called *{out.suffix}; choose one of {', '.join(WRITERS)}.")
     if out.exists():
         raise UserError(f"{out}: is there already. Delete it, or choose another --out.")
+    return write_documents(documents, out, WRITERS[out.suffix], separator)
+
+
+def write_documents(documents: Iterable[Document], out: Path, writer: Writer, separator: str = "") -> int:
+    """Write them to `out`, which appears whole or not at all. Returns how many. Raises UserError, also when there is none."""
     tmp, n_docs = out.with_name(out.name + ".tmp"), 0
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with WRITERS[out.suffix](tmp, separator) as write:
+        with writer(tmp, separator) as write:
             for document in documents:
                 write(document)
                 n_docs += 1
@@ -30,7 +36,7 @@ def convert(documents: Iterable[Document], out: Path, separator: str) -> int:
             raise UserError(f"{out}: not written, for no document is left.")
         tmp.replace(out)
     except OSError as error:
-        raise UserError(f"{error.filename or out}: {error.strerror or error}. Put that right and run again.") from None
+        raise UserError(f"{error.filename or out}: {error.strerror or error}. Put that right, or choose another --out, and run again.") from None
     finally:
         tmp.unlink(missing_ok=True)
     return n_docs
@@ -44,9 +50,7 @@ def _txt(path: Path, separator: str):
         def write(document: Document) -> None:
             nonlocal first
             if separator in document.text:
-                raise UserError(
-                    f"{document.source}: a document holds the separator {separator!r} and would be read back as several. Choose another."
-                )
+                raise UserError(f"{document.source}: a document holds the separator {separator!r} and would be read back as several. Choose another.")
             if first and document.conversation:
                 log.warning("conversations become plain text in a .txt file, special tokens too; .jsonl and .parquet keep them conversations")
             file.write(("" if first else separator) + document.text)
@@ -56,7 +60,7 @@ def _txt(path: Path, separator: str):
 
 
 @contextmanager
-def _jsonl(path: Path, _: str):
+def jsonl_writer(path: Path, _: str):
     with open(path, "w", encoding="utf-8") as file:
         yield lambda document: file.write(json.dumps({**document.to_json(), "source": document.source}, ensure_ascii=False) + "\n")
 
@@ -104,4 +108,4 @@ def _arrow(path: Path, _: str):
     return _table(lambda schema: pyarrow().ipc.new_file(str(path), schema))
 
 
-WRITERS: dict[str, Callable[[Path, str], AbstractContextManager[Write]]] = {".txt": _txt, ".jsonl": _jsonl, ".parquet": _parquet, ".arrow": _arrow}
+WRITERS: dict[str, Writer] = {".txt": _txt, ".jsonl": jsonl_writer, ".parquet": _parquet, ".arrow": _arrow}

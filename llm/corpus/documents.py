@@ -72,7 +72,7 @@ def read_documents(path: Path, name: str, start: int, stop: int, options: ReadOp
             what = f"no field {error}" if isinstance(error, KeyError) else f"not {SHAPES[shape].said}" if not str(error) else error
             counts.examples = [*counts.examples, f"{path}, {record.place}: {what}"][:MAX_EXAMPLES]
             continue
-        counts.bad_utf8 += record.was_bad or was_bad
+        counts.bad_utf8 += was_bad
         if isinstance(content, str):
             if content and not content.isspace():
                 yield Document(content, name, record.position)

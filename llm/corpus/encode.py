@@ -17,7 +17,7 @@ from llm.corpus.documents import Counts, Document, read_documents
 from llm.corpus.masks import Spans, document_spans
 from llm.corpus.options import ReadOptions
 from llm.corpus.parts import DIGEST_BYTES, ROLES, PartWriter
-from llm.corpus.plan import Task, Unit
+from llm.corpus.plan import Task, Unit, handfuls
 from llm.data.permutation import Permutation
 from llm.log import UserError
 from llm.tokenizer import Tokenizer, load_tokenizer
@@ -30,17 +30,39 @@ BATCH_CHARS = 1 << 20  # by text, not by documents: enough to keep the encoder b
 
 
 @dataclass(frozen=True)
+class Request:
+    """What the person asked for."""
+
+    inputs: tuple[str, ...]
+    out: Path
+    tokenizer_path: str
+    seq_len: int
+    tokenizer_kind: str | None = None
+    workers: int = 1
+    encoder: str = FAST
+    """FAST where it can be used, or REFERENCE."""
+    val_ratio: float = 0.0
+    shard_tokens: int = 1 << 27
+    shuffle_seed: int | None = None
+    """None: documents stay in the order of the file."""
+    emit_jsonl: bool = False
+    options: ReadOptions = ReadOptions()
+
+    def __post_init__(self):
+        for flag, value in (("--seq-len", self.seq_len), ("--workers", self.workers), ("--shard-tokens", self.shard_tokens)):
+            if value < 1:
+                raise UserError(f"{flag} is {value}: give 1 or more.")
+        if not 0 <= self.val_ratio < 1:
+            raise UserError(f"--val-ratio is {self.val_ratio}: give a share from 0 to below 1, for example 0.01.")
+
+
+@dataclass(frozen=True)
 class Job:
     """What all tasks of a run have in common."""
 
     work: Path
-    tokenizer_path: str
-    tokenizer_kind: str | None
+    request: Request
     dtype: np.dtype
-    options: ReadOptions
-    val_ratio: float
-    shuffle_seed: int | None
-    """None: documents stay in the order of the file."""
     known_units: frozenset[str]
     """Units that the dataset holds already: recognised and left out."""
 
@@ -60,7 +82,7 @@ def prepare(job: Job) -> None:
     """Prepare this process for `run_task`."""
     os.environ.update(TOKENIZERS_PARALLELISM="false", RAYON_NUM_THREADS="1")  # processes are the parallelism
     global _job, _tokenizer
-    _job, _tokenizer = job, load_tokenizer(job.tokenizer_path, job.tokenizer_kind)
+    _job, _tokenizer = job, load_tokenizer(job.request.tokenizer_path, job.request.tokenizer_kind)
     _fast_encoder.cache_clear()
 
 
@@ -92,13 +114,13 @@ def encode_unit(unit: Unit, job: Job, tokenizer: Tokenizer, encode: Encode, part
             part.end_unit(unit_id, counts, {})
             return
     counts, is_val, eos = Counts(), bytearray(), np.array(tokenizer.eos_id, job.dtype).tobytes()
-    for batch in _batches(_documents(unit, job, counts)):
-        for document, (ids, spans) in zip(batch, encode_documents(batch, job.options.template, tokenizer, encode), strict=True):
+    for batch in handfuls(_documents(unit, job, counts), lambda document: len(document.text), BATCH_CHARS):
+        for document, (ids, spans) in zip(batch, encode_documents(batch, job.request.options.template, tokenizer, encode), strict=True):
             digest = document_digest(document.identity())
-            is_val.append(_is_val(digest, job.val_ratio))
+            is_val.append(_is_val(digest, job.request.val_ratio))
             part.add(ROLES[is_val[-1]], digest, ids, spans, eos, len(document.text.encode()))
     unit_id = unit_id_of([part.digests])
-    part.end_unit(unit_id, counts, _orders(np.frombuffer(is_val, bool), unit_id, job.shuffle_seed))
+    part.end_unit(unit_id, counts, _orders(np.frombuffer(is_val, bool), unit_id, job.request.shuffle_seed))
 
 
 def encode_documents(
@@ -181,16 +203,4 @@ def _orders(is_val: np.ndarray, unit_id: str, shuffle_seed: int | None) -> dict[
 
 
 def _documents(unit: Unit, job: Job, counts: Counts) -> Iterator[Document]:
-    return read_documents(unit.source.path, unit.source.name, unit.start, unit.stop, job.options, counts)
-
-
-def _batches(documents: Iterable[Document]) -> Iterator[list[Document]]:
-    batch, n_chars = [], 0
-    for document in documents:
-        batch.append(document)
-        n_chars += len(document.text)
-        if n_chars >= BATCH_CHARS:
-            yield batch
-            batch, n_chars = [], 0
-    if batch:
-        yield batch
+    return read_documents(unit.source.path, unit.source.name, unit.start, unit.stop, job.request.options, counts)

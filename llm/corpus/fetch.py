@@ -1,7 +1,6 @@
 """Files of a dataset from the Hugging Face hub or an address: told with their size first, resumed, and held against their hashes."""
 
 import fnmatch
-import hashlib
 import math
 import shutil
 import time
@@ -9,6 +8,7 @@ import urllib.error
 import urllib.request
 from pathlib import Path
 
+from llm.checkpoint.hashes import file_sha256
 from llm.corpus.recipes import Recipe
 from llm.log import UserError, log
 
@@ -65,11 +65,7 @@ def _tell(recipe: Recipe, chosen: list, n_files: int, folder: Path) -> None:
 
 def check_file(path: Path, size: int | None, sha256: str | None) -> None:
     """Raises UserError, and takes the file away, where it is not what was promised."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while sha256 and (data := file.read(1 << 20)):
-            digest.update(data)
-    if (size is not None and path.stat().st_size != size) or (sha256 and digest.hexdigest() != sha256):
+    if (size is not None and path.stat().st_size != size) or (sha256 and file_sha256(path) != sha256):
         path.unlink()
         raise UserError(f"{path}: did not arrive whole; removed. Run again.")
 

@@ -1,16 +1,17 @@
 """Which files can be read, and how each is: its container by name and first bytes, the shape of its records by their fields."""
 
+from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
+from io import BufferedReader
 from itertools import islice
 from pathlib import Path
-from typing import BinaryIO
 
 from llm.corpus import column_files, compressed, text_files
 from llm.corpus.options import ReadOptions
-from llm.corpus.records import LINES, Record
+from llm.corpus.records import LINES, Record, separator_of
 from llm.corpus.shapes import SHAPES, shape_for
 from llm.log import UserError, log
 
@@ -23,7 +24,7 @@ class Reader:
     """How the records of one kind of file are had. To add a kind: these functions and a row in READERS."""
 
     suffixes: tuple[str, ...]
-    stream: Callable[[BinaryIO, ReadOptions, Path], Iterator[Record]] | None = None
+    stream: Callable[[BufferedReader, ReadOptions, Path], Iterator[Record]] | None = None
     """From bytes in order, so from inside a compressed file too."""
     part: Callable[[Path, int, int, ReadOptions], Iterator[Record]] | None = None
     """From bytes [start, stop) of a file, which are borders."""
@@ -34,7 +35,7 @@ class Reader:
 READERS = {
     "txt": Reader(
         (".txt", ".text"), text_files.text_stream, text_files.text_records,
-        lambda path, wanted, options: text_files.unit_borders(path, text_files.text_separator(options), wanted),
+        lambda path, wanted, options: text_files.unit_borders(path, separator_of(options.separator), wanted),
     ),
     "jsonl": Reader(
         (".jsonl", ".ndjson"), text_files.jsonl_stream, text_files.jsonl_records,
@@ -79,10 +80,14 @@ def _is_compressed(path: Path) -> bool:
     return path.suffix in compressed.SUFFIXES
 
 
+def _said(options: ReadOptions, names: Iterable[str]) -> str | None:
+    """The one of these names that --format says."""
+    return next((word for word in (options.format or "").split(",") if word in names), None)
+
+
 def container_of(path: Path, options: ReadOptions) -> str:
     """The name in READERS. First bytes win over the name: many .json files are JSON lines."""
-    forced = next((word for word in (options.format or "").split(",") if word in READERS), None)
-    if forced:
+    if forced := _said(options, READERS):
         return forced
     by_name = _kind_by_name(path)
     if path.suffix == ".zip":
@@ -93,7 +98,7 @@ def container_of(path: Path, options: ReadOptions) -> str:
         return "arrow"
     if head.startswith(column_files.PARQUET_MAGIC):
         return "parquet"
-    if by_name == "json" and text_files.is_json_lines(head.removeprefix(b"\xef\xbb\xbf").lstrip()):
+    if by_name == "json" and text_files.is_json_lines(head.removeprefix(BOM_UTF8).lstrip()):
         return "jsonl"
     if by_name is None:
         raise UserError(f"{path}: cannot tell what kind of file this is. Say it: --format {', '.join(READERS)}.")
@@ -106,14 +111,13 @@ def read_records(path: Path, start: int, stop: int, options: ReadOptions) -> Ite
         yield from _zipped(path, options)
         return
     container = container_of(path, options)
-    reader = READERS[container]
     if _is_compressed(path):
         with compressed.opened(path) as stream:
             yield from _of_stream(container, path)(stream, options, path)
-    elif reader.part:
+    elif (reader := READERS[container]).part:
         yield from reader.part(path, start, stop, options)
     else:
-        with open(path, "rb") as stream:
+        with open(path, "rb", 1 << 20) as stream:
             yield from reader.stream(stream, options, path)
 
 
@@ -125,7 +129,7 @@ def _of_stream(container: str, path: Path):
 
 
 def _zipped(path: Path, options: ReadOptions) -> Iterator[Record]:
-    forced = next((word for word in (options.format or "").split(",") if word in READERS), None)
+    forced = _said(options, READERS)
     names = compressed.members(path)
     left_out = [name for name in names if not forced and (_kind_by_name(Path(name)) is None or _is_compressed(Path(name)))]
     if left_out:
@@ -169,8 +173,7 @@ def shape_of(path: Path, options: ReadOptions) -> str:
 
 @lru_cache(maxsize=4096)
 def _shape_of(path: Path, size: int, _: int, options: ReadOptions) -> str:
-    forced = next((word for word in (options.format or "").split(",") if word in SHAPES), None)
-    if forced or options.text_field:
+    if (forced := _said(options, SHAPES)) or options.text_field:
         return forced or "text"
     found = Counter()
     for record in islice(read_records(path, 0, size, options), _LOOK_AT):

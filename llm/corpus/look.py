@@ -1,9 +1,8 @@
 """What is in a raw file or in token shards, for the eyes of a person: counts, lengths, repeated documents, and windows of the text itself."""
 
-from collections.abc import Iterable
 from dataclasses import dataclass, field
 from hashlib import sha256
-from itertools import groupby, islice
+from itertools import groupby, pairwise
 from pathlib import Path
 
 import numpy as np
@@ -13,7 +12,7 @@ from llm.corpus.formats import tell_formats
 from llm.corpus.options import ReadOptions
 from llm.corpus.plan import find_sources
 from llm.corpus.read_all import read_sources
-from llm.data.manifest import Manifest, find_shards, load_manifest
+from llm.data.manifest import find_shards, load_manifest
 from llm.data.shards import Shard, verify_shard
 from llm.log import UserError, progress
 from llm.tokenizer import Tokenizer, load_tokenizer
@@ -98,29 +97,17 @@ def look_at_shards(path: Path, tokenizer_path: str | None, n_windows: int, windo
                     seen.add(sha256(ids[a:b].tobytes()).digest()[:16])
                 bar.advance(min(4096, len(ends) - batch))
             facts.append(_fact(shard))
+    if path.is_dir():
+        manifest, template = (known := load_manifest(path)).manifest_id, known.template
+        said = [f"conversations written with the template {template['name']}: {template['turn']!r}"] if template else []
+        facts = [f"manifest {manifest}", *said, *facts]
     all_lengths = np.concatenate(lengths)
     windows = [_shard_window(*place, window_tokens, tokenizer) for place in _places(shards, n_windows, window_tokens, seed)]
-    head = _head(load_manifest(path)) if path.is_dir() else []
-    return Look(head + facts, "tokens", all_lengths, len(all_lengths) - len(seen), windows, shards[0].meta.seq_len)
-
-
-def _head(manifest: Manifest) -> list[str]:
-    template = manifest.template
-    said = [f"conversations written with the template {template['name']}: {template['turn']!r}"] if template else []
-    return [f"manifest {manifest.manifest_id}", *said]
+    return Look(facts, "tokens", all_lengths, len(all_lengths) - len(seen), windows, shards[0].meta.seq_len)
 
 
 def _shards(path: Path) -> list[Shard]:
-    shards = [shard for role in ("val", "train") for shard in _of_role(path, role)]
-    return sorted(shards, key=lambda shard: (shard.meta.role, shard.meta.name))
-
-
-def _of_role(path: Path, role: str) -> Iterable[Shard]:
-    if path.is_dir() and not any(shard["role"] == role for shard in load_manifest(path).shards):
-        return []
-    if not path.is_dir() and Shard.open(path.with_name(path.name.removesuffix(".bin").removesuffix(".meta.json") + ".meta.json")).meta.role != role:
-        return []
-    return find_shards([path], role)
+    return sorted(find_shards([path], None), key=lambda shard: (shard.meta.role, shard.meta.name))
 
 
 def _tokenizer(tokenizer_path: str | None, shards: list[Shard]) -> Tokenizer | None:
@@ -157,7 +144,7 @@ def _shard_window(shard: Shard, start: int, n_tokens: int, tokenizer: Tokenizer 
     first = int(np.searchsorted(ends, start, side="right"))
     borders = [start, *(int(end) for end in ends[first:] if end < stop), stop]
     pieces = [f"── {shard.meta.name}, tokens {start:,} to {stop:,}, document {first:,}"]
-    for number, (a, b) in enumerate(zip(borders, borders[1:], strict=False)):
+    for number, (a, b) in enumerate(pairwise(borders)):
         if number:
             pieces.append(f"── document {first + number:,}")
         pieces.append(_decoded(ids[a - start : b - start], mask[a - start : b - start], tokenizer))
@@ -191,12 +178,11 @@ def verify(path: Path) -> int:
 
 def histogram(lengths: np.ndarray, width: int = 50) -> list[str]:
     """Lines for a terminal: documents by powers of two of their length."""
-    bins = np.bincount(np.floor(np.log2(np.maximum(lengths, 1))).astype(int))
-    first = int(np.flatnonzero(bins)[0])
-    rows = list(islice(enumerate(bins.tolist()), first, None))
-    labels = [f"{2**power:,} to {2 ** (power + 1) - 1:,}" for power, _ in rows]
-    most, widest = max(bins), max(map(len, labels))
-    return [f"{label:>{widest}}  {'█' * -(-n * width // most):{width}} {n:,}" for label, (_, n) in zip(labels, rows, strict=True)]
+    bins = np.bincount(np.floor(np.log2(np.maximum(lengths, 1))).astype(int)).tolist()
+    first, most = next(power for power, n in enumerate(bins) if n), max(bins)
+    labels = {power: f"{2**power:,} to {2 ** (power + 1) - 1:,}" for power in range(first, len(bins))}
+    widest = max(map(len, labels.values()))
+    return [f"{label:>{widest}}  {'█' * -(-bins[power] * width // most):{width}} {bins[power]:,}" for power, label in labels.items()]
 
 
 def draw(look: Look, title: str, out: Path) -> None:

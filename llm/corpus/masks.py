@@ -10,9 +10,8 @@ Spans = np.ndarray | None
 
 def document_spans(lengths: list[int], carries: list[bool]) -> np.ndarray:
     """Spans of a document made of pieces of these lengths in tokens, of which some carry loss."""
-    everything, nothing = None, np.empty((0, 2), np.int64)
-    spans = joined((everything if does else nothing, length) for length, does in zip(lengths, carries, strict=True))
-    return np.array([[0, sum(lengths)]]) if spans is None else spans
+    spans = np.stack([np.cumsum(lengths) - lengths, lengths], axis=1)
+    return _merged(spans[np.array(carries, bool)])
 
 
 def joined(pieces: Iterable[tuple[Spans, int]]) -> Spans:

@@ -4,20 +4,24 @@ Into units, whose borders never depend on the number of workers, and tasks: hand
 """
 
 import os
+import shutil
 from collections import Counter
-from collections.abc import Iterable, Iterator
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator
+from dataclasses import dataclass, replace
 from pathlib import Path
+from typing import TypeVar
 
-from llm.corpus.formats import is_readable, kinds, unit_borders
+from llm.corpus import compressed
+from llm.corpus.formats import is_cut, is_readable, kinds, unit_borders
 from llm.corpus.options import ReadOptions
 from llm.data.manifest import Manifest
 from llm.data.record import sha256_of
-from llm.log import UserError, log
+from llm.log import UserError, log, progress
 
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 4 << 20, 512 << 20
 UNITS_PER_SOURCE = 64
 TASK_BYTES = 4 << 20
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -78,6 +82,32 @@ def _source(path: Path, name: str) -> Source:
     return Source(path.absolute(), name, status.st_size, status.st_mtime_ns)
 
 
+def unpacked(sources: list[Source], work: Path, options: ReadOptions) -> list[Source]:
+    """The sources, with plain files in `work` in the place of .gz and .zst ones, so that the same text gives the same units, packed or not.
+
+    What an interrupted run has unpacked is used again.
+    """
+    packed = [source for source in sources if source.path.suffix in (".gz", ".zst") and is_cut(source.path, options)]
+    plain = {}
+    if packed:
+        with progress(sum(source.size for source in packed), "unpacking", "bytes") as bar:
+            for source in packed:
+                plain[source.path] = _unpack(source, work)
+                bar.advance(source.size)
+    return [plain.get(source.path, source) for source in sources]
+
+
+def _unpack(source: Source, work: Path) -> Source:
+    key = sha256_of("unpacked", str(source.path), source.size, source.mtime_ns)[:32]
+    path = work / f"{key}-{source.path.stem}"  # the name for messages
+    if not path.exists():
+        tmp = path.with_name(path.name + ".tmp")
+        with compressed.opened(source.path) as stream, open(tmp, "wb") as file:
+            shutil.copyfileobj(stream, file, 1 << 20)
+        tmp.replace(path)
+    return replace(source, path=path, size=path.stat().st_size)
+
+
 def unit_bytes_for(size: int) -> int:
     """A power of two that cuts a file of this size into about 64 units."""
     per_unit = max(1, size // UNITS_PER_SOURCE)
@@ -107,17 +137,18 @@ def _known_by_name(manifest: Manifest | None) -> dict[str, list[dict]]:
 
 def plan_tasks(units: list[Unit], settings: dict) -> list[Task]:
     """Units by handfuls: small files would drown in overhead one by one. The key changes with whatever could change the part."""
-    return [Task(_key(handful, settings), tuple(handful)) for handful in _handfuls(units)]
+    return [Task(_key(handful, settings), tuple(handful)) for handful in handfuls(units, lambda unit: unit.stop - unit.start, TASK_BYTES)]
 
 
-def _handfuls(units: list[Unit]) -> Iterator[list[Unit]]:
-    handful, n_bytes = [], 0
-    for unit in units:
-        handful.append(unit)
-        n_bytes += unit.stop - unit.start
-        if n_bytes >= TASK_BYTES:
+def handfuls(items: Iterable[T], size: Callable[[T], int], limit: int) -> Iterator[list[T]]:
+    """Items side by side, as soon as their sizes come to `limit`."""
+    handful, total = [], 0
+    for item in items:
+        handful.append(item)
+        total += size(item)
+        if total >= limit:
             yield handful
-            handful, n_bytes = [], 0
+            handful, total = [], 0
     if handful:
         yield handful
 

@@ -1,13 +1,17 @@
 """Named datasets, from where they come to documents: `download.py --dataset NAME` writes one as a .jsonl file."""
 
+import csv
 import re
+import shutil
 import sysconfig
+from collections import defaultdict
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
-from llm.corpus.mmlu_layout import write_layout
+from llm import durable
 from llm.corpus.options import ReadOptions
+from llm.log import UserError, log
 
 
 @dataclass(frozen=True)
@@ -65,38 +69,76 @@ def without_gutenberg_notes(text: str) -> str:
     return text[: end.start() if end else None].replace("\r\n", "\n").strip("\n")
 
 
-def _hub(repo: str, *files: str, **rest) -> dict:
-    return {"repo": repo, "files": files, **rest}
+_MMLU_SPLITS = {"dev": "dev", "validation": "val", "test": "test"}  # the hub's name -> the authors'
+
+
+def write_mmlu_layout(paths: list[Path], folder: Path) -> None:
+    """MMLU's files of the hub (SPLIT-*.parquet) as its authors publish them and launch/evaluate_model.py reads them: `folder`/dev/SUBJECT_dev.csv.
+
+    All or nothing. A folder that is there stays as it is. Raises UserError.
+    """
+    if folder.exists():
+        log.info(f"{folder}: is there already; delete it to have it written again")
+        return
+    temporary = folder.with_name(f".tmp-{folder.name}")
+    shutil.rmtree(temporary, ignore_errors=True)
+    try:
+        for path in paths:
+            split = _MMLU_SPLITS[path.name.partition("-")[0]]
+            (temporary / split).mkdir(parents=True)
+            for subject, rows in _subjects(path).items():
+                with open(temporary / split / f"{subject}_{split}.csv", "w", newline="", encoding="utf-8") as file:
+                    csv.writer(file, quoting=csv.QUOTE_ALL).writerows(rows)
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    durable.fsync_folder(folder.parent)
+    log.info(f"{folder}: MMLU in its own layout: python launch/evaluate_model.py RUN --tasks mmlu --mmlu {folder}")
+
+
+def _subjects(path: Path) -> dict[str, list[list[str]]]:
+    """Rows of question, four choices and letter by subject."""
+    import pyarrow.parquet
+
+    subjects = defaultdict(list)
+    try:
+        for row in pyarrow.parquet.read_table(path).to_pylist():
+            subjects[row["subject"]].append([row["question"], *row["choices"], "ABCD"[row["answer"]]])
+        if odd := [subject for subject in subjects if not subject.replace("_", "").isalnum()]:  # they become names of files
+            raise ValueError(f"it has a subject called {odd[0][:80]!r}")
+    except (pyarrow.ArrowException, LookupError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: is not as MMLU's files were ({type(error).__name__}: {error}). Delete it and run again, or give --from.") from None
+    return subjects
 
 
 RECIPES = {
     "story": Recipe("TinyStories: short stories in a small vocabulary", "CDLA-Sharing-1.0", "1 GB",
-                    **_hub("roneneldan/TinyStories", "data/train-*.parquet"), options=ReadOptions(separator="<|endoftext|>")),
+                    "roneneldan/TinyStories", ("data/train-*.parquet",), options=ReadOptions(separator="<|endoftext|>")),
     "dailydialog": Recipe("DailyDialog: 13,000 everyday conversations", "CC-BY-NC-SA-4.0", "4 MB",
-                          **_hub("OpenRL/daily_dialog", "data/train-*.parquet")),
+                          "OpenRL/daily_dialog", ("data/train-*.parquet",)),
     "chat": Recipe("UltraChat 200k: long conversations with an assistant", "MIT", "800 MB",
-                   **_hub("HuggingFaceH4/ultrachat_200k", "data/train_sft-*.parquet")),
+                   "HuggingFaceH4/ultrachat_200k", ("data/train_sft-*.parquet",)),
     "chitchat": Recipe("Synthetic-Persona-Chat: small talk between two people; dialogues of lines with --from", "CC-BY-4.0", "16 MB",
-                       **_hub("google/Synthetic-Persona-Chat", "data/Synthetic-Persona-Chat_train.csv"),
+                       "google/Synthetic-Persona-Chat", ("data/Synthetic-Persona-Chat_train.csv",),
                        options=ReadOptions(format="script", separator="blank-lines")),
     "knowledge": Recipe("SQuAD: questions on paragraphs of Wikipedia; --rewrite-url has a model write whole sentences", "CC-BY-SA-4.0", "15 MB",
-                        **_hub("rajpurkar/squad", "plain_text/train-*.parquet"), options=ReadOptions(format="squad")),
+                        "rajpurkar/squad", ("plain_text/train-*.parquet",), options=ReadOptions(format="squad")),
     "dictionary": Recipe("Wordset: an English dictionary with examples", "CC-BY-SA-4.0", "40 MB",
                          files=tuple(f"https://raw.githubusercontent.com/wordset/wordset-dictionary/master/data/{letter}.json"
                                      for letter in "abcdefghijklmnopqrstuvwxyz"), options=ReadOptions(format="dictionary")),
-    "c4": Recipe("C4, English: cleaned web pages", "ODC-BY", "305 GB", **_hub("allenai/c4", "en/c4-train.*.json.gz")),
+    "c4": Recipe("C4, English: cleaned web pages", "ODC-BY", "305 GB", "allenai/c4", ("en/c4-train.*.json.gz",)),
     "gutenberg": Recipe("Project Gutenberg: 48,000 English books, without its notes", "public domain in the USA", "11 GB",
-                        **_hub("sedthh/gutenberg_english", "data/train-*.parquet"), change=without_gutenberg_notes),
+                        "sedthh/gutenberg_english", ("data/train-*.parquet",), change=without_gutenberg_notes),
     "books": Recipe("A folder of books of your own (--from FOLDER). Books3, which this name once meant, is no longer distributed", "yours", "yours",
                     change=without_gutenberg_notes),
     "wikipedia": Recipe("Wikipedia, English, 1 November 2023", "CC-BY-SA-3.0", "11 GB",
-                        **_hub("wikimedia/wikipedia", "20231101.en/*.parquet")),
-    "alpaca": Recipe("Alpaca: 52,000 instructions", "CC-BY-NC-4.0", "25 MB", **_hub("tatsu-lab/alpaca", "data/train-*.parquet"),
+                        "wikimedia/wikipedia", ("20231101.en/*.parquet",)),
+    "alpaca": Recipe("Alpaca: 52,000 instructions", "CC-BY-NC-4.0", "25 MB", "tatsu-lab/alpaca", ("data/train-*.parquet",),
                      options=ReadOptions(format="alpaca")),  # its rows have a ready-made text too
-    "dolly": Recipe("Dolly 15k: instructions written by people", "CC-BY-SA-3.0", "13 MB", **_hub("databricks/databricks-dolly-15k", "*.jsonl")),
-    "gsm8k": Recipe("GSM8K: word problems, worked out", "MIT", "2 MB", **_hub("openai/gsm8k", "main/train-*.parquet")),
+    "dolly": Recipe("Dolly 15k: instructions written by people", "CC-BY-SA-3.0", "13 MB", "databricks/databricks-dolly-15k", ("*.jsonl",)),
+    "gsm8k": Recipe("GSM8K: word problems, worked out", "MIT", "2 MB", "openai/gsm8k", ("main/train-*.parquet",)),
     "mmlu": Recipe("MMLU: multiple choice in 57 subjects, to evaluate with; also as a folder in its own layout", "MIT", "4 MB",
-                   **_hub("cais/mmlu", "all/dev-*.parquet", "all/validation-*.parquet", "all/test-*.parquet"),
-                   options=ReadOptions(format="choice"), layout=write_layout),
+                   "cais/mmlu", ("all/dev-*.parquet", "all/validation-*.parquet", "all/test-*.parquet"),
+                   options=ReadOptions(format="choice"), layout=write_mmlu_layout),
     "pystdlib": Recipe("This Python's own sources: no download", "PSF", "none", local=python_standard_library, max_bytes=16_000_000),
 }  # fmt: skip

@@ -12,7 +12,7 @@ from llm.log import UserError
 MAX_RECORD_BYTES = 1 << 30
 _CHUNK_BYTES = 1 << 20
 _BLANK_LINES = re.compile(rb"\r?\n(?:[ \t]*\r?\n)+")
-BOM = b"\xef\xbb\xbf"
+_HALF_PAIR = re.compile("[\ud800-\udc7f\udd00-\udfff]")  # what escapes no byte
 
 
 class Record(NamedTuple):
@@ -21,9 +21,7 @@ class Record(NamedTuple):
     place: str
     """Where in the file it is, for people."""
     content: object
-    """str: text; dict: fields; ValueError: why it is malformed."""
-    was_bad: bool = False
-    """Bytes that are no UTF-8 had to be replaced."""
+    """str: text; dict: fields; ValueError: why it is malformed. Bytes that are no UTF-8 stand as escapes (PEP 383) until `clean` sees them."""
 
 
 def separator_of(separator: str | None) -> re.Pattern | None:
@@ -94,18 +92,15 @@ def mapped(path: Path) -> mmap.mmap:
         return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
 
 
-def decoded(content: bytes) -> tuple[str, bool]:
-    """Bytes as text without a byte order mark, and whether something in them had to be replaced."""
-    try:
-        return content.decode().removeprefix("\ufeff"), False
-    except UnicodeDecodeError:
-        return content.decode(errors="replace").removeprefix("\ufeff"), True
+def decoded(content: bytes) -> str:
+    """Bytes as text without a byte order mark, those that are no UTF-8 as escapes."""
+    return content.decode(errors="surrogateescape").removeprefix("\ufeff")
 
 
 def clean(text: str) -> tuple[str, bool]:
-    """Text that UTF-8 can hold: JSON may spell half of a surrogate pair, which no encoding of Unicode can."""
+    """Text that UTF-8 can hold, and whether something had to be replaced: escaped bytes, or half of a surrogate pair that JSON may spell."""
     try:
         text.encode()
         return text, False
     except UnicodeEncodeError:
-        return text.encode("utf-16", "surrogatepass").decode("utf-16", "replace"), True
+        return _HALF_PAIR.sub("\ufffd", text).encode(errors="surrogateescape").decode(errors="replace"), True

@@ -42,7 +42,7 @@ def text_of(fields: dict | str, name: str | None = None) -> str:
 def _string(fields: dict, name: str) -> str:
     value = fields.get(name)
     if isinstance(value, bytes):
-        return value.decode(errors="replace")
+        return value.decode(errors="surrogateescape")
     if value is not None and not isinstance(value, str):
         raise ValueError(f"field {name!r} is no string")
     return value or ""

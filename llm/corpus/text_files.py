@@ -2,12 +2,12 @@
 
 import codecs
 import csv
-import io
-import itertools
 import json
 import re
 from collections.abc import Iterator
 from functools import partial
+from io import BufferedReader, TextIOWrapper
+from itertools import chain, starmap
 from pathlib import Path
 from typing import BinaryIO
 
@@ -20,48 +20,38 @@ MAX_CELL_BYTES = 64 << 20
 _SPACE = re.compile(r"[\s,]*")  # between the values of an array
 
 
-def text_separator(options: ReadOptions) -> re.Pattern | None:
-    return separator_of(options.separator)
-
-
-def lines_separator(_: ReadOptions) -> re.Pattern:
-    return LINES
-
-
 def text_records(path: Path, start: int, stop: int, options: ReadOptions) -> Iterator[Record]:
-    for position, content in cut_mapped(path, start, stop, text_separator(options)):
-        yield _text(position, content)
+    return starmap(_text, cut_mapped(path, start, stop, separator_of(options.separator)))
 
 
 def text_stream(stream: BinaryIO, options: ReadOptions, path: Path) -> Iterator[Record]:
-    for position, content in cut_stream(stream, text_separator(options), path):
-        yield _text(position, content)
+    return starmap(_text, cut_stream(stream, separator_of(options.separator), path))
 
 
 def jsonl_records(path: Path, start: int, stop: int, _: ReadOptions) -> Iterator[Record]:
-    for position, content in cut_mapped(path, start, stop, LINES):
-        yield _json_line(position, content)
+    return starmap(_json_line, cut_mapped(path, start, stop, LINES))
 
 
 def jsonl_stream(stream: BinaryIO, _: ReadOptions, path: Path) -> Iterator[Record]:
-    for position, content in cut_stream(stream, LINES, path):
-        yield _json_line(position, content)
+    return starmap(_json_line, cut_stream(stream, LINES, path))
 
 
 def _text(position: int, content: bytes) -> Record:
-    text, was_bad = decoded(content)
-    return Record(position, f"byte {position:,}", text, was_bad)
+    return Record(position, f"byte {position:,}", decoded(content))
 
 
 def _json_line(position: int, content: bytes) -> Record:
-    text, was_bad = decoded(content)
+    text = decoded(content)
     try:
         value = json.loads(text) if text and not text.isspace() else ""
-        if not isinstance(value, (dict, str)):
-            value = ValueError("the line is no JSON object")
     except (ValueError, RecursionError) as error:
         value = error
-    return Record(position, f"byte {position:,}", value, was_bad)
+    return Record(position, f"byte {position:,}", _or_malformed(value, "line"))
+
+
+def _or_malformed(value, what: str) -> object:
+    """A JSON value that can be a record, or else why it cannot."""
+    return value if isinstance(value, (dict, str, Exception)) else ValueError(f"the {what} is no JSON object")
 
 
 def unit_borders(path: Path, separator: re.Pattern | None, wanted: list[int]) -> list[int]:
@@ -86,11 +76,9 @@ def unit_borders(path: Path, separator: re.Pattern | None, wanted: list[int]) ->
 # .json: an array of records, an object that holds or is them, or lines under the wrong name
 
 
-def json_stream(stream: BinaryIO, options: ReadOptions, path: Path) -> Iterator[Record]:
+def json_stream(stream: BufferedReader, options: ReadOptions, path: Path) -> Iterator[Record]:
     """Elements of an array one at a time; an object whole: SQuAD's data, or a dictionary of named records."""
-    head = stream.read(1 << 16)
-    body = head.removeprefix(codecs.BOM_UTF8).lstrip()
-    stream = io.BufferedReader(_Again(head, stream))
+    body = stream.peek(1 << 16).removeprefix(codecs.BOM_UTF8).lstrip()
     if body.startswith(b"["):
         yield from _array(stream, path)
     elif is_json_lines(body):
@@ -108,25 +96,10 @@ def is_json_lines(head: bytes) -> bool:
         return False
 
 
-class _Again(io.RawIOBase):
-    """A stream whose head was read already, from its start."""
-
-    def __init__(self, head: bytes, rest: BinaryIO):
-        self._head, self._rest = io.BytesIO(head), rest
-
-    def readable(self) -> bool:
-        return True
-
-    def readinto(self, target) -> int:
-        data = self._head.read(len(target)) or self._rest.read(len(target))
-        target[: len(data)] = data
-        return len(data)
-
-
 def _array(stream: BinaryIO, path: Path) -> Iterator[Record]:
     decoder = codecs.getincrementaldecoder("utf-8")("surrogateescape")
     scan, number, done = json.JSONDecoder().raw_decode, 0, False
-    text, at = decoder.decode(stream.read(1 << 20)), 0
+    text = decoder.decode(stream.read(1 << 20))
     at = text.index("[") + 1
     while True:
         at = _SPACE.match(text, at).end()
@@ -137,7 +110,7 @@ def _array(stream: BinaryIO, path: Path) -> Iterator[Record]:
             if end == len(text) and not done:
                 raise ValueError  # a number may go on
             number, at = number + 1, end
-            yield _element(value, number)
+            yield Record(number, f"element {number:,}", _or_malformed(value, "element"))
         except (ValueError, RecursionError) as error:
             if done or isinstance(error, RecursionError) or len(text) - at > MAX_JSON_BYTES:
                 raise _broken(path, f"element {number + 1:,} of its array", error) from None
@@ -148,49 +121,21 @@ def _array(stream: BinaryIO, path: Path) -> Iterator[Record]:
         raise _broken(path, "what follows its array", "there should be nothing")
 
 
-def _element(value, number: int) -> Record:
-    value, was_bad = unescaped(value)
-    if not isinstance(value, (dict, str)):
-        value = ValueError("the element is no JSON object")
-    return Record(number, f"element {number:,}", value, was_bad)
-
-
-def unescaped(value) -> tuple[object, bool]:
-    """A value in which bytes that are no UTF-8 stand as escapes (PEP 383), with them replaced; and whether there were any."""
-    if isinstance(value, str):
-        try:
-            value.encode()
-            return value, False
-        except UnicodeEncodeError:
-            pass
-        try:
-            return value.encode("utf-8", "surrogateescape").decode("utf-8", "replace"), True
-        except UnicodeEncodeError:  # half a pair that JSON has spelled: `clean` sees to it
-            return value, False
-    if isinstance(value, list):
-        items = [unescaped(item) for item in value]
-        return [item for item, _ in items], any(bad for _, bad in items)
-    if isinstance(value, dict):
-        fields = {key: unescaped(item) for key, item in value.items()}
-        return {key: item for key, (item, _) in fields.items()}, any(bad for _, bad in fields.values())
-    return value, False
-
-
 def _object(content: bytes, path: Path) -> Iterator[Record]:
     if len(content) > MAX_JSON_BYTES:
         raise UserError(f"{path}: one JSON object of more than {MAX_JSON_BYTES >> 20} MiB, which cannot be read in pieces. Make it JSON lines.")
-    text, was_bad = decoded(content)
+    text = decoded(content)
     try:
         value = json.loads(text) if text.strip() else ""
     except (ValueError, RecursionError) as error:
         raise _broken(path, "its only value", error) from None
     for number, record in enumerate(_records_in(value), 1):
-        yield Record(number, f"record {number:,}", record, was_bad)
+        yield Record(number, f"record {number:,}", record)
 
 
 def _records_in(value) -> Iterator[object]:
     if not isinstance(value, dict):
-        yield value if isinstance(value, str) else ValueError("the value is no JSON object")
+        yield _or_malformed(value, "value")
     elif isinstance(value.get("data"), list):  # SQuAD
         for article in value["data"]:
             yield from _questions(article) if isinstance(article, dict) and "paragraphs" in article else (article,)
@@ -220,11 +165,11 @@ def _broken(path: Path, where: str, error) -> UserError:
 def csv_stream(stream: BinaryIO, _: ReadOptions, path: Path, delimiter: str = ",") -> Iterator[Record]:
     """Rows as fields. The first row names them, unless it looks like MMLU's, which has no header: a question, four choices, a letter."""
     csv.field_size_limit(MAX_CELL_BYTES)
-    lines = io.TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
+    lines = TextIOWrapper(stream, encoding="utf-8-sig", errors="surrogateescape", newline="")
     first = lines.readline()
     if delimiter == "," and first.count(";") > first.count(","):
         delimiter = ";"
-    rows = csv.reader(itertools.chain([first] if first else [], lines), delimiter=delimiter, strict=True)
+    rows = csv.reader(chain([first] if first else [], lines), delimiter=delimiter, strict=True)
     names = None
     for number, (line, row) in enumerate(_rows(rows, path)):
         if names is None and isinstance(row, list):
@@ -232,8 +177,7 @@ def csv_stream(stream: BinaryIO, _: ReadOptions, path: Path, delimiter: str = ",
             names = row if is_header else _MMLU
             if is_header:
                 continue
-        fields, was_bad = unescaped(_fields(row, names))
-        yield Record(number, f"line {line:,}", fields, was_bad)
+        yield Record(number, f"line {line:,}", _fields(row, names))
 
 
 tsv_stream = partial(csv_stream, delimiter="\t")

@@ -14,18 +14,15 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 import llm
-from llm.corpus.assemble import ShardWriter, distinct_units, identify
+from llm.corpus.assemble import ShardWriter, distinct_units, emit_jsonl, identify
 from llm.corpus.documents import Counts
-from llm.corpus.emit_jsonl import emit_jsonl
-from llm.corpus.encode import FAST, REFERENCE, Job, check_template
+from llm.corpus.encode import FAST, REFERENCE, Job, Request, check_template
 from llm.corpus.formats import shape_of, tell_formats
-from llm.corpus.options import ReadOptions
 from llm.corpus.parts import ROLES, PartUnit, read_part
-from llm.corpus.plan import Source, find_sources, plan_tasks, plan_units
+from llm.corpus.plan import Source, find_sources, plan_tasks, plan_units, unpacked
 from llm.corpus.pool import encode_all
 from llm.corpus.shapes import TEXT_SHAPES
 from llm.corpus.tokenizer_use import note_use
-from llm.corpus.unpack import unpacked
 from llm.data.manifest import FILE_NAME, Manifest, load_manifest, write_manifest
 from llm.data.record import write_record
 from llm.data.shard_meta import ShardMeta, token_dtype
@@ -39,33 +36,6 @@ WORK = ".work"
 
 class Unusable(UserError):
     """The text is such that no dataset can be made of it."""
-
-
-@dataclass(frozen=True)
-class Request:
-    """What the person asked for."""
-
-    inputs: tuple[str, ...]
-    out: Path
-    tokenizer_path: str
-    seq_len: int
-    tokenizer_kind: str | None = None
-    workers: int = 1
-    encoder: str = FAST
-    """FAST where it can be used, or REFERENCE."""
-    val_ratio: float = 0.0
-    shard_tokens: int = 1 << 27
-    shuffle_seed: int | None = None
-    """None: documents stay in the order of the file."""
-    emit_jsonl: bool = False
-    options: ReadOptions = ReadOptions()
-
-    def __post_init__(self):
-        for flag, value in (("--seq-len", self.seq_len), ("--workers", self.workers), ("--shard-tokens", self.shard_tokens)):
-            if value < 1:
-                raise UserError(f"{flag} is {value}: give 1 or more.")
-        if not 0 <= self.val_ratio < 1:
-            raise UserError(f"--val-ratio is {self.val_ratio}: give a share from 0 to below 1, for example 0.01.")
 
 
 @dataclass(frozen=True)
@@ -88,7 +58,8 @@ def tokenize_corpus(request: Request) -> Report:
     _existing(request, info, template)  # refuses before anything is written
     with _work_folder(request.out) as work:
         manifest = _existing(request, info, template)  # again, now that nobody else can change it
-        job = _job(request, info, manifest, work)
+        known = frozenset(unit_id for source in manifest.sources for unit_id in source["unit_ids"]) if manifest else frozenset()
+        job = Job(work, request, token_dtype(info["vocab_size"]), known)
         timestamp = _timestamp(work, manifest)
         sources = unpacked(sources, work, request.options)
         units, unit_bytes = plan_units(sources, request.options, manifest)
@@ -102,7 +73,8 @@ def tokenize_corpus(request: Request) -> Report:
         _check_amount(distinct, manifest)
 
         note_use(Path(request.tokenizer_path), request.out)
-        shards = _shard_writer(request, info, template, timestamp).publish(distinct)
+        writer = {"program": f"tally-llm {llm.__version__}", "val_ratio": request.val_ratio, "shuffle_seed": request.shuffle_seed}
+        shards = ShardWriter(request, info, timestamp, writer | ({"template": template} if template else {})).publish(distinct)
         entries = [source.to_json(unit_bytes[source.source.path]) for source in read_sources]
         write_manifest(request.out, sources=entries, shards=shards, tokenizer=info, seq_len=request.seq_len, template=template)
         if request.emit_jsonl:
@@ -178,19 +150,6 @@ def _encoder(request: Request, tokenizer: Tokenizer) -> str:
     return FAST
 
 
-def _job(request: Request, info: dict, manifest: Manifest | None, work: Path) -> Job:
-    return Job(
-        work=work,
-        tokenizer_path=request.tokenizer_path,
-        tokenizer_kind=request.tokenizer_kind,
-        dtype=token_dtype(info["vocab_size"]),
-        options=request.options,
-        val_ratio=request.val_ratio,
-        shuffle_seed=request.shuffle_seed,
-        known_units=frozenset(unit_id for source in manifest.sources for unit_id in source["unit_ids"]) if manifest else frozenset(),
-    )
-
-
 def _settings(request: Request, info: dict, manifest: Manifest | None) -> dict:
     """All that decides what a part holds, beside the file it comes from."""
     return {
@@ -243,16 +202,3 @@ def _check_amount(units: list[PartUnit], manifest: Manifest | None) -> None:
             f"documents: {n_docs['val']}, and all fell into the validation split, so nothing is left to train on. Give more documents, "
             f"divide the file into documents with --separator, or choose another --val-ratio."
         )
-
-
-def _shard_writer(request: Request, info: dict, template: dict | None, timestamp: str) -> ShardWriter:
-    writer = {"program": f"tally-llm {llm.__version__}", "val_ratio": request.val_ratio, "shuffle_seed": request.shuffle_seed}
-    return ShardWriter(
-        folder=request.out,
-        name=request.out.resolve().name,
-        timestamp=timestamp,
-        shard_tokens=request.shard_tokens,
-        tokenizer=info,
-        seq_len=request.seq_len,
-        writer=writer | {"template": template} if template else writer,
-    )

@@ -4,6 +4,7 @@ import json
 import os
 from pathlib import Path
 
+from llm import durable
 from llm.data.manifest import load_manifest
 from llm.data.record import ShardError
 from llm.log import log
@@ -15,10 +16,8 @@ def note_use(tokenizer_path: Path, dataset: Path) -> None:
     """Write down that `dataset` is made with the tokenizer at `tokenizer_path`."""
     folder = _folder(tokenizer_path)
     used_by = sorted({*_noted(folder), os.path.relpath(dataset, folder)})
-    tmp = folder / f"{_NOTE}.tmp"
     try:
-        tmp.write_text(json.dumps(used_by, indent=1), encoding="utf-8")
-        tmp.replace(folder / _NOTE)
+        durable.write_text(folder / _NOTE, json.dumps(used_by, indent=1))
     except OSError as error:
         log.warning(f"{folder / _NOTE}: cannot be written ({error.strerror}), so nothing will warn whoever replaces this tokenizer")
 

@@ -97,24 +97,24 @@ def _merged_sources(old: list[dict], new: list[dict]) -> list[dict]:
     return list(merged.values())
 
 
-def find_shards(paths: list[str | Path], role: str) -> list[Shard]:
-    """The shards of this role in `paths`, each a dataset folder, a .bin or a .meta.json; copies only once, with a warning."""
+def find_shards(paths: list[str | Path], role: str | None) -> list[Shard]:
+    """The shards of this role (None: of any) in `paths`, each a dataset folder, a .bin or a .meta.json; copies only once, with a warning."""
     found: dict[str, Shard] = {}
     for path in map(Path, paths):
         for shard in _shards_at(path, role):
             first = found.setdefault(shard.meta.shard_id, shard)
             if first is not shard:
                 log.warning(f"{shard.meta.path}: the same contents as {first.meta.path}; used once")
-    if role == "train" and not found:
-        raise ShardError(f"no training shards in {', '.join(map(str, paths)) or 'an empty list of paths'}. "
+    if role != "val" and not found:
+        raise ShardError(f"no {'training shards' if role else 'shards'} in {', '.join(map(str, paths)) or 'an empty list of paths'}. "
                          f"Name a folder or a .bin file that tokenizing made.")
     return list(found.values())
 
 
-def _shards_at(path: Path, role: str) -> Iterator[Shard]:
+def _shards_at(path: Path, role: str | None) -> Iterator[Shard]:
     if path.is_dir():
         for entry in load_manifest(path).shards:
-            if entry["role"] == role:
+            if role in (None, entry["role"]):
                 yield _open_listed(path, entry)
         return
     meta_path = _meta_path(path)
@@ -123,7 +123,7 @@ def _shards_at(path: Path, role: str) -> Iterator[Shard]:
         raise ShardError(f"{path}: {what}. A shard is a .bin with the .idx and .meta.json of the same name. "
                          f"Rename and copy them together, or tokenize again.")
     shard = Shard.open(meta_path)
-    if shard.meta.role == role:
+    if role in (None, shard.meta.role):
         yield shard
 
 

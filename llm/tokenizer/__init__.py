@@ -2,28 +2,9 @@
 
 from pathlib import Path
 
-from llm.tokenizer.protocol import (
-    END_OF_TEXT,
-    IM_END,
-    IM_START,
-    PAD,
-    SPECIAL_TOKENS,
-    Tokenizer,
-    TokenizerError,
-    tokenizer_info,
-)
+from llm.tokenizer.protocol import IM_END, IM_START, SPECIAL_TOKENS, Tokenizer, TokenizerError, tokenizer_info
 
-__all__ = [
-    "END_OF_TEXT",
-    "IM_END",
-    "IM_START",
-    "PAD",
-    "SPECIAL_TOKENS",
-    "Tokenizer",
-    "TokenizerError",
-    "load_tokenizer",
-    "tokenizer_info",
-]
+__all__ = ["IM_END", "IM_START", "SPECIAL_TOKENS", "Tokenizer", "TokenizerError", "load_tokenizer", "tokenizer_info"]
 
 
 def load_tokenizer(path: str | Path, kind: str | None = None) -> Tokenizer:

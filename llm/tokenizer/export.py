@@ -5,10 +5,10 @@ from pathlib import Path
 
 import tokenizers
 
-from llm.tokenizer.byte_level import BYTE_OF
-from llm.tokenizer.gpt2 import TiktokenTokenizer
+from llm.tokenizer.gpt2 import PATTERN, TiktokenTokenizer
 from llm.tokenizer.huggingface import FILE
 from llm.tokenizer.protocol import SPECIAL_TOKENS, Tokenizer
+from llm.tokenizer.ranks import tokenizer_of
 
 
 def write_tokenizer(tokenizer: Tokenizer, folder: Path, seq_len: int, chat_template: str | None = None) -> None:
@@ -41,20 +41,7 @@ def _config(tokenizer: Tokenizer, seq_len: int) -> dict:
 
 def gpt2_json(tokenizer: TiktokenTokenizer) -> str:
     """GPT-2's vocabulary as a tokenizer.json that gives the same ids."""
-    letter = {byte: char for char, byte in BYTE_OF.items()}
-    spelled = {token: "".join(letter[byte] for byte in token) for token in tokenizer.ranks}
-    merges = [tuple(spelled[half] for half in _halves(token, tokenizer.ranks)) for token in tokenizer.ranks if len(token) > 1]
-    bpe = tokenizers.Tokenizer(tokenizers.models.BPE({spelled[token]: rank for token, rank in tokenizer.ranks.items()}, merges))
-    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)
-    bpe.decoder = tokenizers.decoders.ByteLevel()
+    bpe = tokenizer_of(tokenizer.ranks, PATTERN)
+    bpe.pre_tokenizer = tokenizers.pre_tokenizers.ByteLevel(add_prefix_space=False)  # brings the same pattern by itself
     bpe.add_special_tokens([tokenizers.AddedToken(name, special=True, normalized=False) for name in SPECIAL_TOKENS])
     return bpe.to_str(pretty=True)
-
-
-def _halves(token: bytes, ranks: dict[bytes, int]) -> list[bytes]:
-    """The two tokens that were merged into this one: what byte pair encoding makes of it with the merges before its own."""
-    parts = [bytes([byte]) for byte in token]
-    while len(parts) > 2:
-        _, i = min((ranks.get(a + b, len(ranks)), i) for i, (a, b) in enumerate(zip(parts, parts[1:], strict=False)))
-        parts[i : i + 2] = [parts[i] + parts[i + 1]]
-    return parts

@@ -3,7 +3,6 @@
 import gzip
 import json
 import time
-from dataclasses import replace
 
 from raw_text import contents, documents_of, manifest_id, prose, raw_texts, stamp_of, texts_of, write_jsonl
 
@@ -23,14 +22,6 @@ def test_every_document_is_in_the_shards_once_and_ends_with_end_of_text(request_
     assert sum(meta.n_bytes for meta in report.shards) == sum(len(text.encode()) for text in raw_texts(raw))
     for shard in find_shards([request_for().out], "train"):
         verify_shard(shard)
-
-
-def test_one_worker_and_three_write_the_same_shards_byte_for_byte(request_for, raw):
-    one = request_for("one/set", workers=1, val_ratio=0.2, shuffle_seed=3, shard_tokens=10_000)
-    three = replace(one, out=one.out.parent.parent / "three/set", workers=3)
-    assert len(tokenize_corpus(one).shards) > 3
-    tokenize_corpus(three)
-    assert contents(one.out) == contents(three.out) and len(contents(one.out)) > 9
 
 
 def test_names_and_places_of_files_do_not_matter(request_for, raw, tmp_path):
