@@ -51,6 +51,16 @@ def _interval(value: Any) -> int | str:
 Interval = Annotated[int | str, BeforeValidator(_interval)]
 
 
+def _rows(value: Any) -> int | str:
+    """Check a number of rows, or auto."""
+    if value != "auto" and (isinstance(value, bool) or not str(value).isdigit() or int(value) < 1):
+        raise ValueError("give a number of rows, at least 1, or auto")
+    return value if value == "auto" else int(value)
+
+
+Rows = Annotated[int | Literal["auto"], BeforeValidator(_rows)]  # one problem where it is neither, and not one for each
+
+
 def _step_range(value: Any) -> Any:
     """Check the first and the last step of what is profiled."""
     steps = list(value) if isinstance(value, list | tuple) else []
@@ -62,19 +72,6 @@ def _step_range(value: Any) -> Any:
 
 
 StepRange = Annotated[tuple[int, int], BeforeValidator(_step_range)]
-
-
-def _micro_rows(value: Any) -> int | str:
-    """Check a number of rows, or auto."""
-    text = str(value).strip()
-    if text == "auto":
-        return text
-    if isinstance(value, bool) or not text.isdigit() or int(text) < 1:
-        raise ValueError("give a number of rows above 0, or auto")
-    return int(text)
-
-
-MicroRows = Annotated[int | str, BeforeValidator(_micro_rows)]
 
 
 def interval_steps(interval: Interval, phase_steps: int) -> int:
@@ -230,7 +227,7 @@ class DataConfig(Section):
 class TrainConfig(Section):
     lr: PositiveFloat
     """Peak learning rate."""
-    batch_size: MicroRows
+    batch_size: Rows
     """Rows per rank and micro-batch. auto: as many as fit into memory, tried out at the start; the global batch is then batch_tokens."""
     grad_accum: PositiveInt | None = None
     batch_tokens: PositiveInt | None = None

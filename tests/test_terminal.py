@@ -95,6 +95,14 @@ def test_every_script_has_the_same_flags_and_refuses_two_levels_at_once():
     assert done.returncode == 2 and "not allowed with" in done.stderr
 
 
+@pytest.mark.parametrize("words", [("tools/plan_run.py", "--model", "gpt-1b", "--gpus", "8", "--gpu", "h100"), ("tools/download.py", "--list")])
+def test_quiet_leaves_what_the_command_was_asked_for(words):
+    loud, quiet = (
+        subprocess.run([sys.executable, *words, *flag], cwd=ROOT, capture_output=True, text=True, timeout=60).stdout for flag in ((), ("--quiet",))
+    )
+    assert quiet and quiet == loud, "neither has anything else to say"
+
+
 def test_lines_about_long_work_say_how_much_time_is_left(capsys, monkeypatch):
     from llm.log import progress
 

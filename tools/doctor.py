@@ -16,7 +16,7 @@ from dataclasses import asdict
 from pathlib import Path
 
 from llm import cli
-from llm.log import UserError, log
+from llm.log import UserError, log, result
 
 STARTED_AT = time.monotonic()
 NAME_WIDTH = 14
@@ -39,12 +39,12 @@ def main() -> int:
     for line in visit(Subject(cfg, folder, names), args.ranks, args.peer):
         lines.append(line)
         if not args.json:
-            log.info(_text(line))
+            (log.info if line.status == "ok" else result)(_text(line))
     count = Counter(line.status for line in lines)
     if args.json and lines:
         sys.stdout.write(json.dumps([asdict(line) for line in lines], indent=1) + "\n")
     elif lines:
-        log.info(f"\n{count['ok']} ok, {count['warn']} warn, {count['fail']} fail, in {time.monotonic() - STARTED_AT:.0f} s")
+        result(f"\n{count['ok']} ok, {count['warn']} warn, {count['fail']} fail, in {time.monotonic() - STARTED_AT:.0f} s")
     return 1 if count["fail"] else 0
 
 

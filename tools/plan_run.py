@@ -16,7 +16,7 @@ import tempfile
 from pathlib import Path
 
 from llm import cli
-from llm.log import log, progress
+from llm.log import log, progress, result
 
 MEASURED_STEPS = 3
 
@@ -79,7 +79,7 @@ def _tell_model(cfg, assumed: str | None) -> None:
     from llm.plan import screen
 
     for line in screen.model_lines(cfg) + ([assumed] if assumed else []):
-        log.info(line)
+        result(line)
 
 
 def _plan(cfg, data, gpu: str, ranks: int, mfu: float, args, mfu_is_measured: bool) -> dict:
@@ -94,17 +94,17 @@ def _plan(cfg, data, gpu: str, ranks: int, mfu: float, args, mfu_is_measured: bo
     best, rows = cut.fastest(everything, configured), cut.best_of_each_kind(everything)
     rows = [c for c in dict.fromkeys((configured, best)) if c and c not in rows] + rows
     what = f"{ranks} x {gpu}" if gpu != "cpu" else f"{ranks} process{'es' * (ranks > 1)} on this machine's cpu"
-    log.info(f"\n{what}, GiB on each (c: as the config says, >: fits and is fastest, !: does not fit)")
+    result(f"\n{what}, GiB on each (c: as the config says, >: fits and is fastest, !: does not fit)")
     for line in screen.table(rows, best, configured):
-        log.info(line)
+        result(line)
     if configured is None:
-        log.info(f"   the config's train.batch_size {cfg.train.batch_size} does not divide what {ranks} ranks share; the rows above do")
+        result(f"   the config's train.batch_size {cfg.train.batch_size} does not divide what {ranks} ranks share; the rows above do")
     job = work.work_of(cfg, data, cut.global_rows(cfg, ranks), args.tokens)
     disk = work.disk_of(cfg, job)
     ways = list(cut.what_would_fit(cfg, cluster, mfu)) if best is None else []
     lines = screen.run_lines(best, job, disk, args.hours_a_day, args.price) if best else _refusal(rows, ways)
     for line in [*lines, *job.notes, *screen.assumption_lines(best or rows[0], mfu_is_measured)]:
-        log.info(line)
+        result(line)
     return {
         "ranks": ranks, "recommended": screen.as_data(best) if best else None, "rows": [screen.as_data(c) for c in everything],
         "would_fit": ways, "steps": job.steps, "tokens": job.tokens, "passes": job.passes, "disk_bytes": disk.total,
@@ -137,10 +137,10 @@ def _measure(cfg, gpu: str) -> dict:
     log.info(f"\nmeasuring {MEASURED_STEPS} steps of {accumulation} x {micro_rows} rows on {here}, random ids, one process ...")
     found = _census(few.model_dump_json())
     for line in screen.measured_lines(memory_of(few, 1, hardware.find_device(gpu).kind), found["bytes"]):
-        log.info(line)
+        result(line)
     tokens = accumulation * micro_rows * cfg.model.seq_len
     rate = tokens * flops_per_token(cfg.model) / found["step_seconds"]
-    log.info(f"{tokens / found['step_seconds']:,.0f} tokens/s, {rate / 1e9:,.0f} GFLOP/s, {found['threads']} threads, {found['device']}")
+    result(f"{tokens / found['step_seconds']:,.0f} tokens/s, {rate / 1e9:,.0f} GFLOP/s, {found['threads']} threads, {found['device']}")
     return found | {"mfu": rate / hardware.find_device(gpu).flops}
 
 

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
-from llm.config import RunConfig
+from llm.config import ModelConfig, RunConfig
 from llm.dist import World, is_lost_rank
 from llm.doctor import disk, machine
 from llm.doctor.line import FAIL, OK, Line, examined, first_words
@@ -14,6 +14,7 @@ ALONE = (
     "python", "torch", "gpu", "attention", "deepspeed", "compiler", "shared-memory", "open-files", "run-folder", "free-space", "loader",
 )  # fmt: skip
 TOGETHER = ("ranks", "matmul", "all-reduce", "clocks", "shared-folder", "zero")
+ANY_MODEL = ModelConfig(n_layers=1, d_model=512, n_heads=8, d_ff=1024, seq_len=1024)
 
 
 @dataclass(frozen=True)
@@ -33,8 +34,7 @@ class Subject:
 def alone(subject: Subject, device: Callable[[], str]) -> Iterator[Line]:
     """The lines of this machine. `device` is asked for only where it matters, for that takes torch."""
     cfg = subject.cfg
-    model = cfg.model if cfg else None
-    rows = (model.seq_len, model.n_heads, model.n_kv_heads, model.d_head, model.attention) if model else (1024, 8, 8, 64, "sdpa")
+    rows = (cfg.model, cfg.engine.precision, cfg.data.document_mask) if cfg else (ANY_MODEL, "bf16", False)
     looks: dict[str, Callable[[], Line]] = {
         "python": machine.python,
         "torch": machine.torch,

@@ -12,6 +12,7 @@ from collections.abc import Callable
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 
+from llm.config import ModelConfig
 from llm.doctor.line import FAIL, OK, WARN, Line, first_words
 
 SHM = Path("/dev/shm")
@@ -53,27 +54,23 @@ def _driver() -> str:
     return found[1] if found else "none"
 
 
-def attention(device: str, seq_len: int, heads: int, kv_heads: int, width: int, chosen: str) -> Line:
-    """The kernel that F.scaled_dot_product_attention takes for rows of this shape, and how far it is from attention by definition.
-
-    `chosen`: the config's model.attention.
-    """
+def attention(device: str, model: ModelConfig, precision: str, is_masked: bool) -> Line:
+    """The kernel that a training step takes for rows of this shape, and how far it is from attention by definition."""
     import torch
-    from torch.nn.attention import SDPBackend
 
-    from llm.model.attention import eager_attention, sdpa_attention
+    from llm.engine.attention_kernel import attention_kernel, kernels_in_order
+    from llm.model.attention import ATTENTION, eager_attention
 
-    kernels, worst, grouped = [], {}, heads != kv_heads
-    for dtype in (torch.bfloat16, torch.float32):
-        torch.manual_seed(0)
-        q, k, v = (torch.randn(1, n, seq_len, width, device=device, dtype=dtype) for n in (heads, kv_heads, kv_heads))
-        name = SDPBackend(torch._fused_sdp_choice(q, k, v, is_causal=True, enable_gqa=grouped)).name.removesuffix("_ATTENTION").lower()
-        by_definition = eager_attention(*(x.float() for x in (q, k, v)))
-        worst[dtype] = (sdpa_attention(q, k, v).float() - by_definition).abs().max().item()
-        kernels.append(f"{name} for {str(dtype).removeprefix('torch.')} (off by {worst[dtype]:.1e})")
-    wrong = not (worst[torch.bfloat16] < 5e-2 and worst[torch.float32] < 1e-3)
-    found = f"{', '.join(kernels)}, at {seq_len:,} tokens a row" + f"; the config takes {chosen}" * (chosen != "sdpa")
-    return Line("attention", FAIL if wrong else OK, found, "model.attention=eager does without this kernel; another build of torch may mend it.")
+    dtype, limit = (torch.bfloat16, 5e-2) if precision == "bf16" else (torch.float32, 1e-3)
+    torch.manual_seed(0)
+    heads = (model.n_heads, model.n_kv_heads, model.n_kv_heads)
+    q, k, v = (torch.randn(1, n, model.seq_len, model.d_head, device=device, dtype=dtype) for n in heads)
+    with kernels_in_order(device):
+        kernel = attention_kernel(model, precision, device, is_masked)
+        off = (ATTENTION[model.attention](q, k, v) - eager_attention(q.float(), k.float(), v.float())).abs().max().item()
+    found = f"{kernel}, in {precision} at {model.seq_len:,} tokens a row, off by {off:.1e}"
+    advice = "model.attention=eager does without this kernel; another build of torch may mend it."
+    return Line("attention", OK if off < limit else FAIL, found, advice)
 
 
 def deepspeed() -> Line:

@@ -39,10 +39,16 @@ PLOTS = (
 def plots_of(runs: list[Run]) -> list[Plot]:
     """Those with something to show. What is stacked can be shown for one run only."""
     found = [plot for plot in PLOTS if any(key in run.curves for run in runs for key in plot.series) and not (plot.stacked and len(runs) > 1)]
-    tokens = {key: key[len("data/") : -len("_tokens")] for run in runs for key in run.curves if key.startswith("data/") and key.endswith("_tokens")}
-    if tokens and len(runs) == 1:
+    if asked := _named(runs, "eval/", "/all"):
+        found.append(Plot("tasks", "Tasks while training", "share answered correctly", asked))
+    if (tokens := _named(runs, "data/", "_tokens")) and len(runs) == 1:
         found.append(Plot("data", "Tokens drawn from each dataset", "tokens", tokens))
     return found
+
+
+def _named(runs: list[Run], start: str, end: str) -> dict[str, str]:
+    """The metrics between `start` and `end`, and what stands between."""
+    return {key: key[len(start) : -len(end)] for run in runs for key in run.curves if key.startswith(start) and key.endswith(end)}
 
 
 def draw(plot: Plot, runs: list[Run]) -> bytes:

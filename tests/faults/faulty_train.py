@@ -21,9 +21,9 @@ def listen(fed: str) -> None:
 
     train = run.train
 
-    def noting(cfg, world, options):
+    def noting(cfg, world, *rest):
         little_run.listen(world, Path(fed), cfg.run_folder)
-        train(cfg, world, options)
+        train(cfg, world, *rest)
 
     run.train = noting
 

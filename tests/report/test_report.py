@@ -55,7 +55,11 @@ def make_record(folder: Path, lr: float = 1e-3, losses=(5.0, 4.0, 3.0, 2.5), nam
          "time/training_share": 0.9, "time/other_share": 0.1, "memory/host_gb": 1.5,
          f"data/{name}_tokens": 100 * step} for step, loss in enumerate(losses, start=1)
     ]  # fmt: skip
-    metrics += [{"step": 4, "val/loss": 2.75, "val/bits_per_byte": 1.25}, {"step": 4, "time": 1e9, "fault/grad_norm_spike": f"norm {EVIL}"}]
+    metrics += [
+        {"step": 4, "val/loss": 2.75, "val/bits_per_byte": 1.25},
+        {"step": 4, "eval/mmlu-0-shot/all": 0.25},
+        {"step": 4, "time": 1e9, "fault/grad_norm_spike": f"norm {EVIL}"},
+    ]
     write_lines(logs / "metrics.jsonl", metrics)
     config = {"model": {"d_model": 32}, "train": {"lr": lr}, "checkpoint": {"run_name": name}}
     starts = [
@@ -121,7 +125,7 @@ def test_a_start_goes_with_the_sitting_that_ended_before_the_next_one(tmp_path):
 
 def test_plots_lie_beside_the_page_as_png(record, page):
     names = {path.name for path in (record / "out").glob("*.png")}
-    assert names == {f"{n}.png" for n in ("loss", "bits_per_byte", "learning_rate", "grad_norm", "speed", "time", "memory", "data")}
+    assert names == {f"{n}.png" for n in ("loss", "bits_per_byte", "learning_rate", "grad_norm", "speed", "time", "memory", "tasks", "data")}
     assert all((record / "out" / name).read_bytes().startswith(b"\x89PNG") for name in names)
     assert page.source.count("data:image/png;base64,") == len(names)
 
