@@ -2,7 +2,7 @@
 
 import json
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, contextmanager
+from contextlib import AbstractContextManager, contextmanager, suppress
 from pathlib import Path
 
 from llm.corpus.column_files import pyarrow
@@ -38,7 +38,8 @@ def write_documents(documents: Iterable[Document], out: Path, writer: Writer, se
     except OSError as error:
         raise UserError(f"{error.filename or out}: {error.strerror or error}. Put that right, or choose another --out, and run again.") from None
     finally:
-        tmp.unlink(missing_ok=True)
+        with suppress(OSError):  # it is in its place, or there is no folder
+            tmp.unlink()
     return n_docs
 
 

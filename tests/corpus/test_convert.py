@@ -60,6 +60,7 @@ def test_what_cannot_be_written_is_refused_and_nothing_is_left(tmp_path):
         "a.txt": ([Document(f"a{SEPARATOR}b", "s", 0)], "holds the separator"),
         "a.parquet": ([Document("a", "s", 0), *talk], "texts and conversations"),
         "b.jsonl": ([], "no document is left"),
+        "talk.jsonl/c.txt": ([Document("a", "s", 0)], "talk.jsonl: .*choose another --out"),
     }
     for name, (documents, said) in cases.items():
         with pytest.raises(UserError, match=said):
