@@ -61,21 +61,13 @@ class LiveBytes(TorchDispatchMode):
 class _Saved:
     """What autograd keeps of one forward pass: bytes of different storages, the model's own weights left out."""
 
-    def __init__(self, engine: Engine, logits_shape: tuple[int, int]):
-        self.engine, self.logits_elements = engine, math.prod(logits_shape)
-        self.clear()
-
-    def clear(self) -> None:
-        self.bytes = self.logits = 0
-        self._seen: set[int] = set()
+    def __init__(self, engine: Engine):
+        self.engine, self.bytes_of = engine, {}
 
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        key = storage.data_ptr()
-        if key not in self._seen and key not in {p.untyped_storage().data_ptr() for p in _model(self.engine).parameters()}:
-            self._seen.add(key)
-            self.bytes += storage.nbytes()
-            self.logits += storage.nbytes() if tensor.numel() == self.logits_elements else 0
+        if storage.data_ptr() not in {p.untyped_storage().data_ptr() for p in _model(self.engine).parameters()}:
+            self.bytes_of[storage.data_ptr()] = storage.nbytes()
         return tensor
 
 
@@ -95,21 +87,22 @@ class _Watched(list):
 def count(cfg: RunConfig, world: World) -> dict[str, int]:
     """Bytes by kind on this rank, in the second step of a fresh engine. Collective.
 
-    gradients: at the start of the step's last micro-batch or when all are over, before any weight moves; activations and logits: what autograd
-    keeps of a forward pass; peak: of all tensors together; process: the most this process had. On a CPU compiled code hides gradients and peak: None.
+    gradients: at the start of the step's last micro-batch or when all are over, before any weight moves; activations: what autograd keeps of a
+    forward pass, to which the head adds nothing, since its gradients are there at the end of it; peak: of all tensors together; process: the most
+    this process had. On a CPU compiled code hides gradients and peak: None.
     """
-    plan, cuda = batch_plan(cfg, world.size), world.device.startswith("cuda")
+    cuda = world.device.startswith("cuda")
     before = _process_bytes()
     live = LiveBytes() if not (cuda or cfg.engine.compile) else None
     now = (lambda: torch.cuda.memory_allocated(world.device)) if cuda else (lambda: live.now if live else 0)
     with live or nullcontext():
         engine = build_engine(cfg, world, build_model(cfg.model, cfg.train.seed))
         _step(engine, cfg, world, seed=0)
-        saved, at_rest, grown = _Saved(engine, (plan.micro_rows * plan.seq_len, cfg.model.vocab_size)), now(), []
+        saved, at_rest, grown = _Saved(engine), now(), []
         _reset_peak(world, live)
 
         def micro_batch_begins() -> None:
-            saved.clear()
+            saved.bytes_of.clear()
             grown.append(now() - at_rest - _buckets(engine))
 
         def accept(_) -> bool:
@@ -121,7 +114,7 @@ def count(cfg: RunConfig, world: World) -> dict[str, int]:
     peak = torch.cuda.max_memory_allocated(world.device) if cuda else live.peak if live else None
     return _held(engine) | {
         "gradients": _standing_gradients(engine) or (max(grown) if live or cuda else None),
-        "activations": saved.bytes - saved.logits, "logits": saved.logits, "peak": peak,
+        "activations": sum(saved.bytes_of.values()), "peak": peak,
         "process": _process_bytes(), "process_before": before,
     }  # fmt: skip
 
@@ -160,9 +153,9 @@ def _held(engine: Engine) -> dict[str, int]:
 
 
 def _standing_gradients(engine: Engine) -> int:
-    """ZeRO-3's flat gradients, which are there from the start; 0 elsewhere."""
+    """ZeRO-3's flat gradients and DDP's buckets, which are there from the start; 0 elsewhere."""
     flat = getattr(getattr(engine, "zero", None), "grad_partitions_flat_buffer", None)
-    return flat.nbytes if flat is not None else 0
+    return _storages([flat] if flat is not None else [p.grad for p in _model(engine).parameters() if p.grad is not None])
 
 
 def _buckets(engine: Engine) -> int:

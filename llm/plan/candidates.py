@@ -4,7 +4,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from llm.config import BatchPlan, ConfigError, RunConfig, batch_plan
+from llm.config import BatchPlan, ConfigError, RunConfig, batch_plan, smaller_rows
 from llm.model.flops import count_params, flops_per_token
 from llm.plan.hardware import NAMES, find_device, shared_by
 from llm.plan.memory import Memory, memory_of
@@ -96,9 +96,16 @@ def candidate(cfg: RunConfig, cluster: Cluster, mfu: float, rows: int, micro_row
 
 
 def as_configured(cfg: RunConfig, found: list[Candidate]) -> Candidate | None:
-    """The config as it is, among the candidates; None where its micro-batch does not divide what the ranks share."""
-    kind = (cfg.engine.zero_stage, cfg.engine.activation_checkpointing, cfg.engine.offload)
-    return next((c for c in found if c.kind == kind and c.plan.micro_rows == cfg.train.batch_size), None)
+    """The config as it is, among the candidates, with train.batch_size: auto as training would settle it if the plan is right; None where its
+    micro-batch does not divide what the ranks share, or where training could not try sizes out."""
+    kind, rows = (cfg.engine.zero_stage, cfg.engine.activation_checkpointing, cfg.engine.offload), cfg.train.batch_size
+    of_rows = {c.plan.micro_rows: c for c in found if c.kind == kind}
+    if rows == "auto" and of_rows:
+        plan = batch_plan(cfg, found[0].cluster.ranks)
+        rows = None if cfg.engine.zero_stage == 3 and plan.ranks > 1 else plan.micro_rows
+        while rows and rows > 1 and not of_rows[rows].fits:
+            rows = smaller_rows(plan.rank_rows, rows)
+    return of_rows.get(rows)
 
 
 def best_of_each_kind(found: list[Candidate]) -> list[Candidate]:
