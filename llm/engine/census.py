@@ -66,8 +66,9 @@ class _Saved:
 
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
-        if storage.data_ptr() not in {p.untyped_storage().data_ptr() for p in _model(self.engine).parameters()}:
-            self.bytes_of[storage.data_ptr()] = storage.nbytes()
+        key = storage.data_ptr()
+        if key not in self.bytes_of and key not in {p.untyped_storage().data_ptr() for p in _model(self.engine).parameters()}:
+            self.bytes_of[key] = storage.nbytes()
         return tensor
 
 

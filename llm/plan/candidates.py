@@ -10,7 +10,7 @@ from llm.plan.hardware import NAMES, find_device, shared_by
 from llm.plan.memory import Memory, memory_of
 from llm.plan.scaling import Cluster, StepTime, step_time
 
-MANY_RANKS = 1024
+MORE_RANKS = [2**k for k in range(1, 11)]
 AS_FAST = 1.02  # the model of time is not better than that
 
 
@@ -129,7 +129,7 @@ def fastest(found: list[Candidate], configured: Candidate | None = None) -> Cand
 def what_would_fit(cfg: RunConfig, cluster: Cluster, mfu: float) -> Iterator[str]:
     """Ways out when nothing fits: more of these devices, the same number of others, or the optimizer in host memory."""
     name, ranks = cluster.device.name, cluster.ranks
-    ways = [(f"--gpus {n} --gpu {name}", name, n, None) for n in _more_ranks(ranks)] if name != "cpu" else []
+    ways = [(f"--gpus {n} --gpu {name}", name, n, None) for n in MORE_RANKS if n > ranks and name != "cpu"]
     ways.append((f"engine.offload=true with {ranks} x {name}", name, ranks, True))
     ways += [(f"--gpus {ranks} --gpu {other}", other, ranks, None) for other in NAMES if other not in (name, "cpu")]
     told = set()
@@ -146,7 +146,3 @@ def what_would_fit(cfg: RunConfig, cluster: Cluster, mfu: float) -> Iterator[str
             stage, again, _ = found.kind
             host = f", and {found.memory.host * min(n, cluster.per_node) / 2**30:,.0f} GiB of host memory a machine" if offload else ""
             yield f"{text}: ZeRO-{stage}{', activation checkpointing' if again else ''}, train.batch_size={found.plan.micro_rows}{host}"
-
-
-def _more_ranks(ranks: int) -> list[int]:
-    return [n for n in (2**k for k in range(1, MANY_RANKS.bit_length())) if n > ranks]

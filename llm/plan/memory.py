@@ -54,7 +54,7 @@ def memory_of(cfg: RunConfig, ranks: int, device: str) -> Memory:
         _block_workspace(model, engine, tokens, device) + _reduction(cfg, ranks, share, device) + head_gradient * model.tie_embeddings,
         (share + 2 * head_gradient if stage else 0) - kept,  # AdamW, and its norm in fp64, when all else is gone
     )
-    held = _standing_buffers(cfg, ranks, params, device) + 4 * _rope_elements(model)
+    held = _standing_buffers(cfg, ranks, params, device) + (4 * model.seq_len * model.d_rotary if model.positions == "rope" else 0)
     host = share * (3 if cfg.checkpoint.async_save else 0)
     if engine.offload:
         host, masters, moments, gradients = host + masters + moments + share, 0, 0, 0
@@ -203,7 +203,3 @@ def _reduction(cfg: RunConfig, ranks: int, share: int, device: str) -> int:
 def _buckets(params: int, ranks: int, device: str) -> int:
     """ZeRO-1 and 2 fill one bucket while the other travels, where that overlaps (llm/engine/ds_config.py)."""
     return 4 * min(BUCKET_ELEMENTS, params) * (2 if ranks > 1 and device == "cuda" else 1)
-
-
-def _rope_elements(m: ModelConfig) -> int:
-    return m.seq_len * m.d_rotary if m.positions == "rope" else 0

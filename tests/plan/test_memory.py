@@ -16,7 +16,7 @@ PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 STATE = ("weights", "masters", "gradients", "moments")
 TOY = ["vocab_size=4224", "n_layers=2", "batch_size=2", "seq_len=128", "batch_tokens=512"]
 FAMILIES = {
-    "toy": [],
+    "toy": ["seq_len=256", "batch_size=1"],  # queries of eager attention in two parts
     "fp32": ["precision=fp32", "attention=sdpa"],
     "checkpointed": ["activation_checkpointing=true", "attention=sdpa"],
     "gpt2": ["norm=layernorm", "mlp=gelu", "bias=true", "positions=learned", "attention=sdpa"],
@@ -73,7 +73,7 @@ def test_planned_bytes_of_every_zero_stage_on_two_ranks_are_those_counted(tmp_pa
     for stage, (cfg, real) in enumerate(zip(configs, counted(tmp_path, configs, ranks=2), strict=True)):
         kinds = [kind for kind in STATE if (stage, kind) != (2, "gradients")]
         assert_close(cfg, real, 2, (*kinds, "activations"), within=0.10)
-        assert off(memory_of(cfg, 2, "cpu").total, real["peak"]) < 0.30, (stage, memory_of(cfg, 2, "cpu"), real)
+        assert off(memory_of(cfg, 2, "cpu").total, real["peak"]) < (0.30 if stage > 1 else 0.10), (stage, memory_of(cfg, 2, "cpu"), real)
 
 
 def test_more_ranks_higher_stages_and_checkpointing_never_take_more_memory_for_state_and_activations():
