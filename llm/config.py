@@ -428,6 +428,11 @@ def _largest_cut(rows: int | None, ranks: int, seq_len: int) -> BatchPlan:
     return BatchPlan(global_rows=rows, micro_rows=micro_rows, ranks=ranks, accumulation=rows // ranks // micro_rows, seq_len=seq_len)
 
 
+def smaller_rows(rank_rows: int, rows: int) -> int:
+    """The largest part of `rank_rows` that is at most half of `rows`."""
+    return next(n for n in range(max(1, rows // 2), 0, -1) if rank_rows % n == 0)
+
+
 # ---------------------------------------------------------------- loading
 
 

@@ -29,8 +29,6 @@ def main() -> None:
 
     work.positive(mfu=args.mfu, hours_a_day=args.hours_a_day, price=args.price, network=args.network, gpus_per_node=args.gpus_per_node)
     cfg = load_config(args.config, args.overrides, preset=args.model)
-    if cfg.train.batch_size == "auto":  # every size is looked at anyway; this one is called the config's
-        cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"batch_size": 1})})
     data = work.find_data(cfg)
     cfg, assumed = work.settle_vocabulary(cfg, data)
     gpu = args.gpu or hardware.device_here()
@@ -98,7 +96,10 @@ def _plan(cfg, data, gpu: str, ranks: int, mfu: float, args, mfu_is_measured: bo
     for line in screen.table(rows, best, configured):
         result(line)
     if configured is None:
-        result(f"   the config's train.batch_size {cfg.train.batch_size} does not divide what {ranks} ranks share; the rows above do")
+        why = "cannot be tried out under ZeRO-3" if cfg.train.batch_size == "auto" else f"does not divide what {ranks} ranks share"
+        result(f"   the config's train.batch_size {cfg.train.batch_size} {why}; the rows above do")
+    elif cfg.train.batch_size == "auto":
+        result(f"   train.batch_size: auto would be {configured.plan.micro_rows}{'' if configured.fits else ', which does not fit'}")
     job = work.work_of(cfg, data, cut.global_rows(cfg, ranks), args.tokens)
     disk = work.disk_of(cfg, job)
     ways = list(cut.what_would_fit(cfg, cluster, mfu)) if best is None else []
@@ -132,8 +133,10 @@ def _measure(cfg, gpu: str) -> dict:
         raise hardware.PlanError(f"--measure makes real steps, and this machine has {here}, not {gpu}. Leave --gpu out, or go to such a machine.")
     if cfg.engine.offload:
         raise hardware.PlanError("--measure counts what is on the device; with engine.offload it is not told apart. Add engine.offload=false.")
-    micro_rows, accumulation = cfg.train.batch_size, 2  # two micro-batches show what accumulates; a whole batch may take long
-    few = cut.candidate(cfg, cut.cluster_of(gpu, 1, 8), 1.0, micro_rows * accumulation, micro_rows).cfg
+    cluster, micro_rows, accumulation = cut.cluster_of(gpu, 1, 8), cfg.train.batch_size, 2  # two show what accumulates; a whole batch may take long
+    if micro_rows == "auto":
+        micro_rows = cut.as_configured(cfg, cut.candidates(cfg, cluster, 1.0)).plan.micro_rows
+    few = cut.candidate(cfg, cluster, 1.0, micro_rows * accumulation, micro_rows).cfg
     log.info(f"\nmeasuring {MEASURED_STEPS} steps of {accumulation} x {micro_rows} rows on {here}, random ids, one process ...")
     found = _census(few.model_dump_json())
     for line in screen.measured_lines(memory_of(few, 1, hardware.find_device(gpu).kind), found["bytes"]):

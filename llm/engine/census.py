@@ -62,19 +62,13 @@ class _Saved:
     """What autograd keeps of one forward pass: bytes of different storages, the model's own weights left out."""
 
     def __init__(self, engine: Engine):
-        self.engine = engine
-        self.clear()
-
-    def clear(self) -> None:
-        self.bytes = 0
-        self._seen: set[int] = set()
+        self.engine, self.bytes_of = engine, {}
 
     def pack(self, tensor: Tensor) -> Tensor:
         storage = tensor.untyped_storage()
         key = storage.data_ptr()
-        if key not in self._seen and key not in {p.untyped_storage().data_ptr() for p in _model(self.engine).parameters()}:
-            self._seen.add(key)
-            self.bytes += storage.nbytes()
+        if key not in self.bytes_of and key not in {p.untyped_storage().data_ptr() for p in _model(self.engine).parameters()}:
+            self.bytes_of[key] = storage.nbytes()
         return tensor
 
 
@@ -94,8 +88,9 @@ class _Watched(list):
 def count(cfg: RunConfig, world: World) -> dict[str, int]:
     """Bytes by kind on this rank, in the second step of a fresh engine. Collective.
 
-    gradients: at the start of the step's last micro-batch or when all are over, before any weight moves; activations: what autograd
-    keeps of a forward pass; peak: of all tensors together; process: the most this process had. On a CPU compiled code hides gradients and peak: None.
+    gradients: at the start of the step's last micro-batch or when all are over, before any weight moves; activations: what autograd keeps of a
+    forward pass, to which the head adds nothing, since its gradients are there at the end of it; peak: of all tensors together; process: the most
+    this process had. On a CPU compiled code hides gradients and peak: None.
     """
     cuda = world.device.startswith("cuda")
     before = _process_bytes()
@@ -108,7 +103,7 @@ def count(cfg: RunConfig, world: World) -> dict[str, int]:
         _reset_peak(world, live)
 
         def micro_batch_begins() -> None:
-            saved.clear()
+            saved.bytes_of.clear()
             grown.append(now() - at_rest - _buckets(engine))
 
         def accept(_) -> bool:
@@ -120,7 +115,7 @@ def count(cfg: RunConfig, world: World) -> dict[str, int]:
     peak = torch.cuda.max_memory_allocated(world.device) if cuda else live.peak if live else None
     return _held(engine) | {
         "gradients": _standing_gradients(engine) or (max(grown) if live or cuda else None),
-        "activations": saved.bytes, "peak": peak,
+        "activations": sum(saved.bytes_of.values()), "peak": peak,
         "process": _process_bytes(), "process_before": before,
     }  # fmt: skip
 
@@ -159,9 +154,9 @@ def _held(engine: Engine) -> dict[str, int]:
 
 
 def _standing_gradients(engine: Engine) -> int:
-    """ZeRO-3's flat gradients, which are there from the start; 0 elsewhere."""
+    """ZeRO-3's flat gradients and DDP's buckets, which are there from the start; 0 elsewhere."""
     flat = getattr(getattr(engine, "zero", None), "grad_partitions_flat_buffer", None)
-    return flat.nbytes if flat is not None else 0
+    return _storages([flat] if flat is not None else [p.grad for p in _model(engine).parameters() if p.grad is not None])
 
 
 def _buckets(engine: Engine) -> int:

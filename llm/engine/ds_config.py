@@ -7,9 +7,9 @@ from typing import Any
 from llm.config import EngineConfig, RunConfig, batch_plan, shipped
 from llm.dist import World
 from llm.engine.protocol import EngineError
+from llm.model.chunks import BUCKET_ELEMENTS
 
 FOLDER = shipped("ds_configs")
-BUCKET_ELEMENTS = 80_000_000
 
 
 def load_ds_config(cfg: RunConfig, world: World, n_params: int) -> dict:

@@ -41,7 +41,7 @@ class TorchEngine:
         return update
 
     def drop_gradients(self) -> bool:
-        self.optimizer.zero_grad(set_to_none=True)
+        self.optimizer.zero_grad(set_to_none=self.world.size == 1)  # DDP's stay where they are, in its buckets
         return True
 
     def try_out(self, batch: Batch) -> None:
@@ -104,6 +104,8 @@ def distribute(model: nn.Module, world: World) -> nn.Module:
     """`model` behind DDP, or itself when there is one rank."""
     if world.size == 1:
         return model
+    for p in model.parameters():  # what is there when DDP comes moves into its buckets, so that nothing is accumulated beside them
+        p.grad = torch.zeros_like(p)
     return DistributedDataParallel(
         model,
         device_ids=[world.device] if world.device.startswith("cuda") else None,

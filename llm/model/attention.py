@@ -9,9 +9,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from llm.config import ModelConfig
+from llm.model.chunks import EAGER_QUERIES
 from llm.model.layers import Linear, RMSNorm, rotate
-
-EAGER_QUERIES = 128  # of eager_attention at a time; 64 is hardly faster
 
 
 def sdpa_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int | None = None, mask_B1TS: Tensor | None = None) -> Tensor:

@@ -11,12 +11,11 @@ import torch
 from torch import Tensor
 
 from llm.config import ModelConfig
+from llm.model.chunks import CPU_CHUNK, CPU_SLICE, GPU_CHUNK, GPU_SLICE
 from llm.model.layers import Linear
 from llm.model.products import linear, times_transposed, weight_gradient
 
 IGNORE = -100  # a target that is not counted
-CPU_CHUNK, GPU_CHUNK = 1 << 26, 1 << 28  # logits at once: 2,048 rows of 32k make good products, and few sums of weight gradients
-CPU_SLICE, GPU_SLICE = 1 << 19, 1 << 26  # logits read at once: 2 MB in fp32 stay in a CPU's cache; a GPU wants few launches
 
 
 class Head(Linear):
@@ -60,6 +59,7 @@ class _HeadLoss(torch.autograd.Function):
                     x_grads.append(times_transposed(logits, weight.T))
                     weight_grad = _plus(weight_grad, weight_gradient(logits, x))
                     bias_grad = _plus(bias_grad, logits.float().sum(dim=0)) if bias_V is not None else None
+                del logits  # or two chunks would be there while the next one is made
         if learns:
             ctx.save_for_backward(torch.cat(x_grads).to(x_ND.dtype), weight_grad, bias_grad)
         return total

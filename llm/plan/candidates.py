@@ -4,13 +4,13 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import cached_property
 
-from llm.config import BatchPlan, ConfigError, RunConfig, batch_plan
+from llm.config import BatchPlan, ConfigError, RunConfig, batch_plan, smaller_rows
 from llm.model.flops import count_params, flops_per_token
 from llm.plan.hardware import NAMES, find_device, shared_by
 from llm.plan.memory import Memory, memory_of
 from llm.plan.scaling import Cluster, StepTime, step_time
 
-MANY_RANKS = 1024
+MORE_RANKS = [2**k for k in range(1, 11)]
 AS_FAST = 1.02  # the model of time is not better than that
 
 
@@ -96,9 +96,16 @@ def candidate(cfg: RunConfig, cluster: Cluster, mfu: float, rows: int, micro_row
 
 
 def as_configured(cfg: RunConfig, found: list[Candidate]) -> Candidate | None:
-    """The config as it is, among the candidates; None where its micro-batch does not divide what the ranks share."""
-    kind = (cfg.engine.zero_stage, cfg.engine.activation_checkpointing, cfg.engine.offload)
-    return next((c for c in found if c.kind == kind and c.plan.micro_rows == cfg.train.batch_size), None)
+    """The config as it is, among the candidates, with train.batch_size: auto as training would settle it if the plan is right; None where its
+    micro-batch does not divide what the ranks share, or where training could not try sizes out."""
+    kind, rows = (cfg.engine.zero_stage, cfg.engine.activation_checkpointing, cfg.engine.offload), cfg.train.batch_size
+    of_rows = {c.plan.micro_rows: c for c in found if c.kind == kind}
+    if rows == "auto" and of_rows:
+        plan = batch_plan(cfg, found[0].cluster.ranks)
+        rows = None if cfg.engine.zero_stage == 3 and plan.ranks > 1 else plan.micro_rows
+        while rows and rows > 1 and not of_rows[rows].fits:
+            rows = smaller_rows(plan.rank_rows, rows)
+    return of_rows.get(rows)
 
 
 def best_of_each_kind(found: list[Candidate]) -> list[Candidate]:
@@ -122,7 +129,7 @@ def fastest(found: list[Candidate], configured: Candidate | None = None) -> Cand
 def what_would_fit(cfg: RunConfig, cluster: Cluster, mfu: float) -> Iterator[str]:
     """Ways out when nothing fits: more of these devices, the same number of others, or the optimizer in host memory."""
     name, ranks = cluster.device.name, cluster.ranks
-    ways = [(f"--gpus {n} --gpu {name}", name, n, None) for n in _more_ranks(ranks)] if name != "cpu" else []
+    ways = [(f"--gpus {n} --gpu {name}", name, n, None) for n in MORE_RANKS if n > ranks and name != "cpu"]
     ways.append((f"engine.offload=true with {ranks} x {name}", name, ranks, True))
     ways += [(f"--gpus {ranks} --gpu {other}", other, ranks, None) for other in NAMES if other not in (name, "cpu")]
     told = set()
@@ -139,7 +146,3 @@ def what_would_fit(cfg: RunConfig, cluster: Cluster, mfu: float) -> Iterator[str
             stage, again, _ = found.kind
             host = f", and {found.memory.host * min(n, cluster.per_node) / 2**30:,.0f} GiB of host memory a machine" if offload else ""
             yield f"{text}: ZeRO-{stage}{', activation checkpointing' if again else ''}, train.batch_size={found.plan.micro_rows}{host}"
-
-
-def _more_ranks(ranks: int) -> list[int]:
-    return [n for n in (2**k for k in range(1, MANY_RANKS.bit_length())) if n > ranks]

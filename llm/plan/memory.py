@@ -1,22 +1,20 @@
 """Bytes that one rank holds at the fullest moment of a step, by kind, from the config alone.
 
 Written down from what autograd saves (torch 2.13) and what DeepSpeed 0.19.8 allocates, and held against counts in the process by
-tests/plan/test_measured.py. n is the number of ranks, N of parameters; all weights, gradients and moments are fp32: 4 bytes.
+tests/plan/test_memory.py. n is the number of ranks, N of parameters; all weights, gradients and moments are fp32: 4 bytes.
 """
 # B rows in a batch · T tokens in a row · S keys attended to (T, or the cache length) · D model width · H query heads
 # G kv heads · K width of one head · F MLP width · V vocabulary, padded
 
+import json
 from dataclasses import dataclass, fields
+from functools import cache
 
-from llm.config import EngineConfig, ModelConfig, RunConfig
+from llm.config import EngineConfig, ModelConfig, RunConfig, shipped
+from llm.model.chunks import BUCKET_ELEMENTS, CPU_CHUNK, CPU_SLICE, EAGER_QUERIES, GPU_CHUNK, GPU_SLICE
 from llm.model.flops import count_params, matmul_weights
 
-BUCKET_ELEMENTS = 80_000_000  # llm/engine/ds_config.py, which needs torch; a test holds them together
 Z3_REUSE_ELEMENTS = 1_000_000_000  # DeepSpeed's stage3_max_reuse_distance: what is needed again within so many stays gathered
-Z3_PREFETCH_ELEMENTS = 50_000_000  # ds_configs/zero3.json
-LOSS_CHUNK_ELEMENTS = {"cpu": 1 << 26, "cuda": 1 << 28}  # llm/model/loss.py
-EAGER_QUERIES = 128  # llm/model/attention.py
-LOSS_SLICE_ELEMENTS = {"cpu": 1 << 19, "cuda": 1 << 26}
 
 
 @dataclass(frozen=True)
@@ -30,11 +28,9 @@ class Memory:
     gradients: int
     moments: int
     activations: int
-    """What autograd keeps from forward to backward, the bf16 copies of the weights among it, and the gradients that the head hands back."""
-    logits: int
-    """Of one chunk of rows, for a moment."""
+    """What autograd keeps from forward to backward, the bf16 copies of the weights among it."""
     buffers: int
-    """Communication buckets, gathered weights, slices of the loss, and what a block needs for a moment."""
+    """Communication buckets, gathered weights, and for a moment the more of what the head with its loss needs, logits among it, and a block."""
     host: int = 0
     """In host memory: the optimizer's state when it is offloaded, and the copy that an asynchronous save takes."""
 
@@ -51,14 +47,13 @@ def memory_of(cfg: RunConfig, ranks: int, device: str) -> Memory:
     whole, share = 4 * params, 4 * -(-params // ranks)
     moments, masters = (2 * share, share) if stage else (2 * whole, 0)
     gradients = whole if stage < 2 else share
-    kept, logits = kept_bytes(cfg, device), logits_bytes(cfg, device)
-    head = 4 * model.vocab_size * model.d_model  # the product that is added to the weight's gradient, and in bf16 a copy of the weight
+    kept, head_gradient = kept_bytes(cfg, device), 4 * model.vocab_size * model.d_model
     fullest = (
-        logits + max(_loss_slices(cfg, tokens, device), head) + _cached_copies(cfg),
+        _head_workspace(cfg, tokens, device) + _cached_copies(cfg) - _head_gradients(model, tokens),
         _block_workspace(model, engine, tokens, device) + _reduction(cfg, ranks, share, device),
-        (share + 8 * model.vocab_size * model.d_model if stage else 0) - kept,  # AdamW, and its norm in fp64, when all else is gone
+        (share + 2 * head_gradient if stage else 0) - kept,  # AdamW, and its norm in fp64, when all else is gone
     )
-    held = _standing_buffers(cfg, ranks, params, device) + 4 * _rope_elements(model)
+    held = _standing_buffers(cfg, ranks, params, device) + (4 * model.seq_len * model.d_rotary if model.positions == "rope" else 0)
     host = share * (3 if cfg.checkpoint.async_save else 0)
     if engine.offload:
         host, masters, moments, gradients = host + masters + moments + share, 0, 0, 0
@@ -68,8 +63,7 @@ def memory_of(cfg: RunConfig, ranks: int, device: str) -> Memory:
         gradients=gradients,
         moments=moments,
         activations=kept,
-        logits=logits,
-        buffers=held + max(fullest) - logits,
+        buffers=held + max(fullest),
         host=host,
     )
 
@@ -78,26 +72,28 @@ def memory_of(cfg: RunConfig, ranks: int, device: str) -> Memory:
 
 
 def kept_bytes(cfg: RunConfig, device: str) -> int:
-    """What autograd keeps of one micro-batch's forward pass, with the bf16 copies of weights, and the gradients of the head's weight and input."""
+    """What autograd keeps of one micro-batch's forward pass, bf16 copies of the weights included. The head keeps its gradients."""
     m, engine = cfg.model, cfg.engine
     tokens = cfg.train.batch_size * m.seq_len
-    outside = _norm_bytes(m, engine, device) + 4 * m.d_model + 8 + 16  # the last norm, the gradient of what the head reads, ids and statistics
-    mask, head = 0, m.vocab_size * m.d_model
+    outside = tokens * (_norm_bytes(m, engine, device) + 8) + _head_gradients(m, tokens)  # the last norm, ids
     if engine.activation_checkpointing:
-        block = 4 * m.d_model
-        copies = 0
-    else:
-        block = block_bytes(m, engine, device)
-        mask = _mask_bytes(cfg)
-        copies = matmul_weights(m) - head
-    copies *= _copy_bytes(engine)
-    return tokens * (m.n_layers * block + outside) + m.n_layers * mask + copies + 4 * head
+        return tokens * m.n_layers * 4 * m.d_model + outside
+    return tokens * m.n_layers * block_bytes(m, engine, device) + outside + m.n_layers * _mask_bytes(cfg) + _copy_bytes(engine) * _block_weights(m)
 
 
-def logits_bytes(cfg: RunConfig, device: str) -> int:
-    """Of the chunk that the loss reads, and writes its gradient over."""
-    elements = cfg.train.batch_size * cfg.model.seq_len * cfg.model.vocab_size
-    return min(elements, LOSS_CHUNK_ELEMENTS[device]) * _compute_bytes(cfg.engine)
+def _head_gradients(m: ModelConfig, tokens: int) -> int:
+    """Of its weight and of the hidden states: ready when the forward pass ends."""
+    return 4 * m.d_model * (m.vocab_size + tokens)
+
+
+def _block_weights(m: ModelConfig) -> int:
+    return matmul_weights(m) - m.vocab_size * m.d_model
+
+
+def _keys(m: ModelConfig) -> int:
+    """That a query of eager attention looks at, on average: a part of queries ends where its keys do."""
+    ends = range(EAGER_QUERIES, m.seq_len + EAGER_QUERIES, EAGER_QUERIES)
+    return sum((min(end, m.seq_len) - end + EAGER_QUERIES) * min(end, m.seq_len) for end in ends) // m.seq_len
 
 
 def block_bytes(m: ModelConfig, engine: EngineConfig, device: str) -> int:
@@ -109,19 +105,13 @@ def block_bytes(m: ModelConfig, engine: EngineConfig, device: str) -> int:
     mlp = m.d_ff * c * (2 if m.mlp == "gelu" else 3 if fused else 4)
     turned = m.positions == "rope" or m.qk_norm
     if m.attention == "eager":
-        probabilities = m.n_heads * _eager_scores(m) // m.seq_len * (4 if fused or c == 4 else 6)
+        probabilities = m.n_heads * _keys(m) * (4 if fused or c == 4 else 6)
         attention = 4 * c * q + probabilities + (c * (q + 2 * kv) if m.qk_norm and (device == "cuda" or c == 4) else 0)
     else:  # v is a view of qkv, so all of it stays; q and k are other tensors once they were turned or normalised
         attention = c * (q + 2 * kv) + (c * (q + kv) if turned else 0) + c * q + 4 * m.n_heads
     if m.qk_norm and device == "cpu" and not fused:
         attention += (12 - 2 * c) * (q + kv)  # torch's CPU form of the norm keeps its steps, in fp32
     return norms + normed + mlp + attention
-
-
-def _eager_scores(m: ModelConfig) -> int:
-    """Of a head and row: queries are taken some at a time, and look at no key behind their own end."""
-    stops = [min(start + EAGER_QUERIES, m.seq_len) for start in range(0, m.seq_len, EAGER_QUERIES)]
-    return sum((stop - start) * stop for start, stop in zip([0, *stops], stops, strict=False))
 
 
 def _normed_bytes(m: ModelConfig, engine: EngineConfig) -> int:
@@ -148,7 +138,7 @@ def _mask_bytes(cfg: RunConfig) -> int:
     """Of one block and micro-batch: eager attention keeps its mask as booleans, SDPA as numbers where it needs one."""
     m, rows = cfg.model, cfg.train.batch_size if cfg.data.document_mask else 1
     if m.attention == "eager":
-        return rows * _eager_scores(m)
+        return rows * m.seq_len * _keys(m)
     needed = cfg.data.document_mask or (m.sliding_window or m.seq_len) < m.seq_len
     return rows * m.seq_len**2 * _compute_bytes(cfg.engine) if needed else 0
 
@@ -160,12 +150,16 @@ def _compute_bytes(engine: EngineConfig) -> int:
 # ---------------------------------------------------------------- for a moment
 
 
-def _loss_slices(cfg: RunConfig, tokens: int, device: str) -> int:
-    """The loss in fp32, slice by slice; compiled, a chunk at once, and the gradient of the logits is another tensor."""
-    elements = min(tokens * cfg.model.vocab_size, LOSS_CHUNK_ELEMENTS[device])
-    if cfg.engine.compile:
-        return elements * _compute_bytes(cfg.engine)
-    return 4 * min(elements, LOSS_SLICE_ELEMENTS[device]) * (3 if device == "cpu" else 2)
+def _head_workspace(cfg: RunConfig, tokens: int, device: str) -> int:
+    """Of the last chunk of logits: itself, hidden states and their gradients, and the weight's gradient, its bf16 copy and either the chunk's
+    part of that gradient or the loss in fp32, which is taken in slices unless it is compiled."""
+    m, c = cfg.model, _compute_bytes(cfg.engine)
+    most, of_slice = (CPU_CHUNK, CPU_SLICE) if device == "cpu" else (GPU_CHUNK, GPU_SLICE)
+    weight, hidden = m.vocab_size * m.d_model, tokens * m.d_model
+    n_chunks = -(-tokens * m.vocab_size // most)
+    chunk, sums = tokens * m.vocab_size // n_chunks, 4 * weight * (n_chunks > 1)
+    loss = 0 if cfg.engine.compile else 4 * min(chunk, of_slice) * (3 if m.logit_softcap or device == "cpu" else 2)
+    return c * chunk + (4 + c) * hidden + 2 * weight + max(6 * weight, sums + loss, 4 * weight + (4 + c) * hidden)
 
 
 def _cached_copies(cfg: RunConfig) -> int:
@@ -173,14 +167,14 @@ def _cached_copies(cfg: RunConfig) -> int:
     engine, m = cfg.engine, cfg.model
     if not engine.activation_checkpointing or engine.compile:
         return 0
-    return _copy_bytes(engine) * (matmul_weights(m) - m.vocab_size * m.d_model)
+    return _copy_bytes(engine) * _block_weights(m)
 
 
 def _block_workspace(m: ModelConfig, engine: EngineConfig, tokens: int, device: str) -> int:
     """What the backward pass of one block adds: gradients of its widest tensors, and with checkpointing the block's own activations again."""
     c, block = _compute_bytes(engine), block_bytes(m, engine, device)
-    in_mlp, in_softmax = block + 5 * c * m.d_ff, 14 * m.n_heads * m.seq_len if m.attention == "eager" else 0
-    again = _copy_bytes(engine) * matmul_weights(m) // m.n_layers if engine.activation_checkpointing else 0
+    in_mlp, in_softmax = block + 5 * c * m.d_ff, 14 * m.n_heads * min(EAGER_QUERIES, m.seq_len) if m.attention == "eager" else 0
+    again = _copy_bytes(engine) * _block_weights(m) // m.n_layers if engine.activation_checkpointing else 0
     return tokens * (max(in_mlp, in_softmax) + 12 * m.d_model - (0 if engine.activation_checkpointing else block)) + again
 
 
@@ -189,18 +183,18 @@ def _block_workspace(m: ModelConfig, engine: EngineConfig, tokens: int, device: 
 
 def _standing_buffers(cfg: RunConfig, ranks: int, params: int, device: str) -> int:
     """What stays allocated from one micro-batch to the next."""
-    stage = cfg.engine.zero_stage
-    if stage == 0:
-        return 4 * params if ranks > 1 else 0  # DDP's buckets; while gradients accumulate without them, both are there
-    if stage == 1:
-        return _buckets(params, ranks, device)
-    return 4 * min(BUCKET_ELEMENTS, params) + (4 * _gathered_elements(cfg.model, params) if ranks > 1 else 0) if stage == 3 else 0
+    gathered = 4 * _gathered_elements(cfg.model, params) if ranks > 1 else 0
+    return {0: 0, 1: _buckets(params, ranks, device), 2: 0, 3: 4 * min(BUCKET_ELEMENTS, params) + gathered}[cfg.engine.zero_stage]
 
 
 def _gathered_elements(m: ModelConfig, params: int) -> int:
     """Weights that ZeRO-3 has whole on each rank when the forward pass ends: what is small, and what the backward pass needs soon."""
-    block = (matmul_weights(m) - m.vocab_size * m.d_model) // m.n_layers
-    return min(params, Z3_REUSE_ELEMENTS // 2 + Z3_PREFETCH_ELEMENTS + block)
+    return min(params, Z3_REUSE_ELEMENTS // 2 + _prefetched_elements() + _block_weights(m) // m.n_layers)
+
+
+@cache
+def _prefetched_elements() -> int:
+    return json.loads((shipped("ds_configs") / "zero3.json").read_text())["zero_optimization"]["stage3_prefetch_bucket_size"]
 
 
 def _reduction(cfg: RunConfig, ranks: int, share: int, device: str) -> int:
@@ -213,7 +207,3 @@ def _reduction(cfg: RunConfig, ranks: int, share: int, device: str) -> int:
 def _buckets(params: int, ranks: int, device: str) -> int:
     """ZeRO-1 and 2 fill one bucket while the other travels, where that overlaps (llm/engine/ds_config.py)."""
     return 4 * min(BUCKET_ELEMENTS, params) * (2 if ranks > 1 and device == "cuda" else 1)
-
-
-def _rope_elements(m: ModelConfig) -> int:
-    return m.seq_len * m.d_rotary if m.positions == "rope" else 0

@@ -9,8 +9,8 @@ from llm.plan.hardware import GIB, USABLE
 from llm.plan.memory import Memory
 from llm.plan.work import Disk, Work, evaluation_flops
 
-KINDS = ("weights", "masters", "gradients", "moments", "activations", "logits", "buffers")
-HEADS = ("weights", "masters", "grads", "moments", "activ.", "logits", "buffers")
+KINDS = ("weights", "masters", "gradients", "moments", "activations", "buffers")
+HEADS = ("weights", "masters", "grads", "moments", "activ.", "buffers")
 
 
 def model_lines(cfg: RunConfig) -> list[str]:

@@ -63,8 +63,8 @@ def work_of(cfg: RunConfig, data: dict[str, list[Shard]], global_rows: int, toke
     """Steps and tokens of the run: as `tokens` says, else the config's step budget, else one phase over the data found, else an assumption."""
     step_tokens, notes, phase, budget = global_rows * cfg.model.seq_len, [], None, cfg.train.total_step_budget
     if data:
-        chosen = choose_phase(Ledger(()), data, Wish(), cfg.model_copy(update={"train": _unbudgeted(cfg)}), 0, global_rows)
-        phase = chosen.open_phase
+        unbudgeted = cfg.model_copy(update={"train": cfg.train.model_copy(update={"total_step_budget": 0})})
+        phase = choose_phase(Ledger(()), data, Wish(), unbudgeted, 0, global_rows).open_phase
         n_tokens = sum(shard.n_tokens for shard in phase.shards)
         notes.append(f"data: {n_tokens:,} tokens in {len(phase.shards)} shards, {phase.samples:,} samples x {phase.epochs} epochs, found on disk")
         notes += _other_length(cfg, data)
@@ -92,10 +92,6 @@ def work_of(cfg: RunConfig, data: dict[str, list[Shard]], global_rows: int, toke
     in_phase = budget or (phase_steps(phase, global_rows) if phase else steps)
     size = sum(file["bytes"] for found in data.values() for shard in found for file in shard.meta.files.values())
     return Work(steps, steps * step_tokens, passes, in_phase, size, tuple(notes))
-
-
-def _unbudgeted(cfg: RunConfig):
-    return cfg.train.model_copy(update={"total_step_budget": 0})
 
 
 def _other_length(cfg: RunConfig, data: dict[str, list[Shard]]) -> list[str]:

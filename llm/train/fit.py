@@ -4,7 +4,7 @@ from collections.abc import Callable
 
 import torch
 
-from llm.config import BatchPlan, ConfigError, RunConfig
+from llm.config import BatchPlan, ConfigError, RunConfig, smaller_rows
 from llm.data.stream import Batch, Stream
 from llm.dist import World
 from llm.engine.protocol import Engine, Update
@@ -46,11 +46,6 @@ def _fits(engine: Engine, plan: BatchPlan) -> bool:
     if torch.cuda.is_available():
         torch.cuda.empty_cache()  # after the error is gone, which held the tensors
     return fits
-
-
-def smaller_rows(rank_rows: int, rows: int) -> int:
-    """The largest part of `rank_rows` that is at most half of `rows`."""
-    return next(n for n in range(max(1, rows // 2), 0, -1) if rank_rows % n == 0)
 
 
 def train_step(engine: Engine, stream: Stream, world: World, drawn: int, batches: list[Batch], *step: int | float | Callable) -> Update:

@@ -5,6 +5,7 @@ import torch
 import torch.nn.functional as F
 
 from llm.config import ModelConfig
+from llm.engine.census import LiveBytes
 from llm.model import loss as loss_module
 from llm.model.loss import Head, take_loss_, take_loss_in_slices_
 
@@ -98,3 +99,15 @@ def test_the_compiled_form_gives_the_same_sum_and_gradient(dtype, softcap):
         results.append((form(taken, targets, 0.1, softcap, True), taken))
     for ours, theirs in zip(*results, strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_there_are_never_two_chunks_of_logits_at_once(monkeypatch):
+    monkeypatch.setattr(loss_module, "CPU_CHUNK", 1 << 20)
+    monkeypatch.setattr(loss_module, "CPU_SLICE", 1 << 14)
+    head = Head(CONFIG.model_copy(update={"d_model": 8, "vocab_size": 4096, "head_bias": False}))
+    for p in head.parameters():
+        torch.nn.init.zeros_(p)
+    x, targets = torch.zeros(1024, 8, requires_grad=True), torch.zeros(1024, dtype=torch.int64)
+    with LiveBytes() as live:
+        head(x, targets).backward()
+    assert 4 << 20 < live.peak < 7 << 20  # a chunk is 4 MiB

@@ -3,22 +3,20 @@
 import json
 from pathlib import Path
 
-import pytest
 import torch
 from ranks import run_ranks
 
 from llm.config import check_config, load_config
 from llm.model.flops import count_params
 from llm.model.transformer import Transformer
-from llm.plan import memory
 from llm.plan.memory import memory_of
 
 ROOT = Path(__file__).parent.parent.parent
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 STATE = ("weights", "masters", "gradients", "moments")
-TOY = ["vocab_size=4224", "batch_size=2", "seq_len=128", "batch_tokens=512"]
+TOY = ["vocab_size=4224", "n_layers=2", "batch_size=2", "seq_len=128", "batch_tokens=512"]
 FAMILIES = {
-    "toy": ["seq_len=256", "batch_tokens=1024"],  # in two parts of queries
+    "toy": ["seq_len=256", "batch_size=1"],  # queries of eager attention in two parts
     "fp32": ["precision=fp32", "attention=sdpa"],
     "checkpointed": ["activation_checkpointing=true", "attention=sdpa"],
     "gpt2": ["norm=layernorm", "mlp=gelu", "bias=true", "positions=learned", "attention=sdpa"],
@@ -32,12 +30,12 @@ def config(*words: str, base: str = "toy"):
     return load_config(ROOT / "configs" / f"{base}.yaml", list(words))
 
 
-@pytest.mark.parametrize("path", PRESETS, ids=lambda p: p.stem)
-def test_the_parameters_of_every_preset_are_those_of_the_real_model(path):
-    model = load_config(path).model
-    model = model if model.vocab_size else model.with_vocab(4100)
-    with torch.device("meta"):
-        assert count_params(model) == sum(p.numel() for p in Transformer(model).parameters())
+def test_the_parameters_of_every_preset_are_those_of_the_real_model():
+    for path in PRESETS:
+        model = load_config(path).model
+        model = model if model.vocab_size else model.with_vocab(4100)
+        with torch.device("meta"):
+            assert count_params(model) == sum(p.numel() for p in Transformer(model).parameters()), path
 
 
 def count_here(world, *configs: str) -> list[dict]:
@@ -60,19 +58,13 @@ def assert_close(cfg, real: dict, ranks: int, kinds, within: float) -> None:
     assert not wrong, (cfg.model.model_name, cfg.engine.zero_stage, wrong)
 
 
-def test_planned_bytes_of_families_are_within_a_tenth_of_those_counted_in_a_process(tmp_path):
-    configs = [config(*TOY, "zero_stage=0", *words) for words in FAMILIES.values()]
+def test_planned_bytes_of_families_and_of_30_million_parameters_are_within_a_tenth_of_those_counted_in_a_process(tmp_path):
+    larger = config("n_layers=5", "vocab_size=32768", "seq_len=128", "batch_size=1", "batch_tokens=256", base="my-llm")
+    assert 30e6 < count_params(larger.model) < 33e6
+    configs = [*(config(*TOY, "zero_stage=0", *words) for words in FAMILIES.values()), larger]
     for cfg, real in zip(configs, counted(tmp_path, configs), strict=True):
         assert_close(cfg, real, 1, (*STATE, "activations"), within=0.10)
-        assert off(memory_of(cfg, 1, "cpu").total, real["peak"]) < 0.15
-
-
-def test_planned_bytes_of_30_million_parameters_are_within_a_tenth_of_those_counted_in_a_process(tmp_path):
-    cfg = config("n_layers=5", "vocab_size=32768", "seq_len=256", "batch_size=1", "batch_tokens=512", base="my-llm")
-    assert 30e6 < count_params(cfg.model) < 33e6
-    (real,) = counted(tmp_path, [cfg])
-    assert_close(cfg, real, 1, (*STATE, "activations"), within=0.10)
-    assert off(memory_of(cfg, 1, "cpu").total, real["peak"]) < 0.15
+        assert off(memory_of(cfg, 1, "cpu").total, real["peak"]) < 0.10, (memory_of(cfg, 1, "cpu"), real)
 
 
 def test_planned_bytes_of_every_zero_stage_on_two_ranks_are_those_counted(tmp_path):
@@ -81,19 +73,7 @@ def test_planned_bytes_of_every_zero_stage_on_two_ranks_are_those_counted(tmp_pa
     for stage, (cfg, real) in enumerate(zip(configs, counted(tmp_path, configs, ranks=2), strict=True)):
         kinds = [kind for kind in STATE if (stage, kind) != (2, "gradients")]
         assert_close(cfg, real, 2, (*kinds, "activations"), within=0.10)
-        assert off(memory_of(cfg, 2, "cpu").total, real["peak"]) < 0.30, (stage, memory_of(cfg, 2, "cpu"), real)
-
-
-def test_the_planner_knows_the_buckets_that_deepspeed_is_given():
-    from llm.engine.ds_config import BUCKET_ELEMENTS
-    from llm.model import attention, loss
-
-    zero3 = json.loads((ROOT / "ds_configs" / "zero3.json").read_text())["zero_optimization"]
-    assert memory.BUCKET_ELEMENTS == BUCKET_ELEMENTS
-    assert zero3["stage3_prefetch_bucket_size"] == memory.Z3_PREFETCH_ELEMENTS
-    assert memory.LOSS_SLICE_ELEMENTS == {"cpu": loss.CPU_SLICE, "cuda": loss.GPU_SLICE}
-    assert memory.EAGER_QUERIES == attention.EAGER_QUERIES
-    assert memory.LOSS_CHUNK_ELEMENTS == {"cpu": loss.CPU_CHUNK, "cuda": loss.GPU_CHUNK}
+        assert off(memory_of(cfg, 2, "cpu").total, real["peak"]) < (0.30 if stage > 1 else 0.10), (stage, memory_of(cfg, 2, "cpu"), real)
 
 
 def test_more_ranks_higher_stages_and_checkpointing_never_take_more_memory_for_state_and_activations():

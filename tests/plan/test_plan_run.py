@@ -78,6 +78,19 @@ def test_what_does_not_fit_is_told_with_what_would(tmp_path):
     assert again["plans"][0]["ranks"] > 1 and again["plans"][0]["recommended"]["fits"]
 
 
+def test_batch_size_auto_is_planned_as_training_would_settle_it_and_said(tmp_path):
+    words = ["batch_size=auto", "batch_tokens=524288"]
+    _, screen = planned(tmp_path, "--model", "gpt-1b", "--gpus", 1, "--gpu", "h100", "zero_stage=0", *words)
+    cfg = load_config(ROOT / "configs" / "gpt-1b.yaml", ["zero_stage=0", *words])
+    found = cut.candidates(cfg, cut.cluster_of("h100", 1, 8), 0.4)
+    mine = cut.as_configured(cfg, found)
+    twice = next(c for c in found if c.kind == mine.kind and c.plan.micro_rows == 2 * mine.plan.micro_rows)
+    assert mine.fits and not twice.fits
+    assert f"train.batch_size: auto would be {mine.plan.micro_rows}\n" in screen
+    sharded = load_config(ROOT / "configs" / "gpt-1b.yaml", ["zero_stage=3", *words])
+    assert cut.as_configured(sharded, cut.candidates(sharded, cut.cluster_of("h100", 8, 8), 0.4)) is None  # training refuses it
+
+
 MISTAKES = {
     "a GPU that nobody knows": (["--model", "toy", "--gpu", "h1000"], "a100, a100-40gb, h100, h200"),
     "a number of GPUs that the batch cannot be cut for": (["--model", "gpt-1b", "--gpus", "3", "--gpu", "h100"], "256"),

@@ -8,9 +8,9 @@ import torch
 from little_run import SEQ_LEN, make_run, sit
 from ranks import run_ranks
 
-from llm.config import ConfigError, batch_plan, load_config
+from llm.config import ConfigError, batch_plan, load_config, smaller_rows
 from llm.engine.torch_engine import TorchEngine
-from llm.train.fit import OutOfMemory, fitted, smaller_rows
+from llm.train.fit import OutOfMemory, fitted
 
 
 def memory_for(rows: int, error: BaseException, spared: int = 0):
