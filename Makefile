@@ -1,6 +1,6 @@
 # make quickstart   raw text to a trained, resumed model in minutes, each step shown as the command it is
 # make test         the whole test suite
-# make torture      the fault tests in full: every kill, signal, launcher and phase; TORTURE_SEED=N repeats one
+# make torture      the fault tests in full: every kill, signal, launcher and phase, and every command of the pages; TORTURE_SEED=N repeats one
 # make mutations    take out one safeguard at a time and see that a test fails
 # make check        style
 PYTHON ?= python3
@@ -45,7 +45,7 @@ test: install
 	python -m pytest
 
 torture: install
-	TORTURE=1 python -m pytest tests/faults tests/checkpoint tests/train tests/data tests/corpus tests/doctor tests/engine/test_refused_steps.py tests/test_config.py
+	TORTURE=1 python -m pytest tests/faults tests/checkpoint tests/train tests/data tests/corpus tests/doctor tests/engine/test_refused_steps.py tests/test_config.py tests/test_walk.py
 
 mutations: install
 	python tests/faults/mutations.py
