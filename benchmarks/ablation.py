@@ -6,7 +6,6 @@
 The first row is the config as it is, compiled; a ratio below 1 says what is lost without the part. Freed memory is kept in all.
 """
 
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ from unittest import mock
 
 import torch
 import torch.nn.functional as F
-from machine import machine, write_json
+from machine import in_rounds, machine, write_json
 from step import changed, draw, setting, take_turns
 
 from llm import cli
@@ -55,10 +54,7 @@ def main() -> None:
     rounds = [take_turns(steps, cfg, args.steps, turn, args.device, clock) for turn in range(args.rounds)]
     summary = {}
     for name in steps:
-        ratios = [r[name] / r[WHOLE] for r in rounds]
-        summary[name] = {"tokens_per_second": statistics.median(r[name] for r in rounds), "ratio": statistics.median(ratios)}
-        summary[name] |= {"ratio_low": min(ratios), "ratio_high": max(ratios)}
-        s = summary[name]
+        s = summary[name] = in_rounds(rounds, name, WHOLE)
         print(f"{name:32} {s['tokens_per_second']:10,.0f} tok/s   {s['ratio']:.3f} ({s['ratio_low']:.3f} to {s['ratio_high']:.3f})")
     report = {"config": cfg.model_dump(mode="json"), "batch": str(batch_plan(cfg, 1)), "rounds_tokens_per_second": rounds, "summary": summary}
     write_json(report | {"machine": machine(["torch"]) | setting(args.device, True)}, args.out)

@@ -3,6 +3,7 @@
 import json
 import os
 import platform
+import statistics
 import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
@@ -40,3 +41,12 @@ def _commit() -> str | None:
         return subprocess.run(words, cwd=Path(__file__).parent, capture_output=True, text=True, check=True).stdout.strip()
     except (OSError, subprocess.CalledProcessError):
         return None
+
+
+def in_rounds(rounds: list[dict[str, float]], name: str, base: str) -> dict[str, float]:
+    """Median speed of `name`, and its ratio to that of `base` in the same round: median, smallest, largest."""
+    ratios = [r[name] / r[base] for r in rounds]
+    return {
+        "tokens_per_second": statistics.median(r[name] for r in rounds),
+        "ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios),
+    }  # fmt: skip

@@ -21,7 +21,7 @@ from pathlib import Path
 
 import torch
 from contenders import NEEDS, others
-from machine import machine, write_json
+from machine import in_rounds, machine, write_json
 from nanogpt_loop import Loop
 
 from llm import cli
@@ -153,15 +153,9 @@ def summarise(rounds: list[dict[str, float]], cfg: RunConfig, device: str) -> di
     peak = peak_flops(torch.cuda.get_device_name(device)) if device.startswith("cuda") else None
     summary = {}
     for name in sorted(rounds[0]):
-        mode = name.split()[1]
-        speeds = [r[name] for r in rounds]
-        ratios = [r[name] / r[f"nanogpt {mode}"] for r in rounds]
-        median = statistics.median(speeds)
-        summary[name] = {
-            "tokens_per_second": median, "slowest": min(speeds), "fastest": max(speeds),
-            "ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios),
-            "mfu": median * flops_per_token(cfg.model) / peak if peak else None,
-        }  # fmt: skip
+        speeds, found = [r[name] for r in rounds], in_rounds(rounds, name, f"nanogpt {name.split()[1]}")
+        mfu = found["tokens_per_second"] * flops_per_token(cfg.model) / peak if peak else None
+        summary[name] = found | {"slowest": min(speeds), "fastest": max(speeds), "mfu": mfu}
     return summary
 
 
@@ -169,8 +163,7 @@ def best(rounds: list[dict[str, float]]) -> dict:
     """Ours in its better form by the fastest of the others, each in its own better form."""
     median = {name: statistics.median(r[name] for r in rounds) for name in rounds[0]}
     ours, theirs = (max((n for n in median if n.startswith("tally ") == is_ours), key=median.get) for is_ours in (True, False))
-    ratios = [r[ours] / r[theirs] for r in rounds]
-    return {"ours": ours, "fastest_other": theirs, "ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios)}
+    return {"ours": ours, "fastest_other": theirs} | in_rounds(rounds, ours, theirs)
 
 
 def setting(device: str, keeps_memory: bool) -> dict:

@@ -7,13 +7,12 @@ over rounds of a stage by DDP in the same round. It ends after --rounds, or befo
 """
 
 import argparse
-import statistics
 import time
 from collections.abc import Callable
 from pathlib import Path
 
 import torch
-from machine import machine, write_json
+from machine import in_rounds, machine, write_json
 from step import changed, draw, tally_step
 
 from llm import cli
@@ -69,7 +68,7 @@ def measure(cfg: RunConfig, world: World, args: argparse.Namespace) -> dict:
     assert rounds, f"--seconds {args.seconds:g} were over before the first round"
     return {
         "model": cfg.model.model_dump(), "precision": cfg.engine.precision, "batch": str(plan), "rounds_tokens_per_second": rounds,
-        "summary": {name: summary(name, rounds) for name in stages}, "machine": machine(["torch", "deepspeed"]),
+        "summary": {name: in_rounds(rounds, name, "DDP") for name in stages}, "machine": machine(["torch", "deepspeed"]),
         "threads": torch.get_num_threads(), "device": world.device,
     }  # fmt: skip
 
@@ -83,14 +82,6 @@ def turn(step: Callable, cfg: RunConfig, world: World, n: int, seed: int) -> flo
         step(batch)
     world.barrier()  # a step has waited for the device by itself: it reads the loss
     return time.perf_counter() - began
-
-
-def summary(name: str, rounds: list[dict[str, float]]) -> dict[str, float]:
-    ratios = [r[name] / r["DDP"] for r in rounds]
-    return {
-        "tokens_per_second": statistics.median(r[name] for r in rounds),
-        "ratio": statistics.median(ratios), "ratio_low": min(ratios), "ratio_high": max(ratios),
-    }  # fmt: skip
 
 
 if __name__ == "__main__":

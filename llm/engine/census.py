@@ -89,7 +89,7 @@ def count(cfg: RunConfig, world: World) -> dict[str, int]:
     """Bytes by kind on this rank, in the second step of a fresh engine. Collective.
 
     gradients: at the start of the step's last micro-batch or when all are over, before any weight moves; activations: what autograd keeps of a
-    forward pass, to which the head adds nothing, since its gradients are there at the end of it; peak: of all tensors together; process: the most
+    forward pass, the gradients that the head has ready by then among it; peak: of all tensors together; process: the most
     this process had. On a CPU compiled code hides gradients and peak: None.
     """
     cuda = world.device.startswith("cuda")
