@@ -2,6 +2,7 @@
 
 import json
 import os
+import platform
 import socket
 import struct
 import sys
@@ -157,6 +158,7 @@ def start(*, init_method: str | None = None, place: tuple[int, int, int] | None 
         os.environ["GLOO_SOCKET_IFNAME"] = interface
     has_cuda = torch.cuda.is_available()
     if has_cuda:
+        use_growing_segments()
         torch.cuda.set_device(local_rank % torch.cuda.device_count())
     timeout = timedelta(minutes=timeout_minutes)
     backend = "cpu:gloo,cuda:nccl" if has_cuda else "gloo"
@@ -243,6 +245,7 @@ def pick_device(wanted: str, world: World) -> str:
         return "mps"
     if not gpus:
         raise UserError(f"engine.device is {wanted}, but torch {torch.__version__} sees no GPU. Use --device cpu, or install a CUDA build of torch.")
+    use_growing_segments()
     if world.size > 1:
         if world.local_rank >= gpus:
             raise UserError(f"{world.local_rank + 1} or more processes on this machine, but it has {gpus} GPUs. Start one process for each GPU.")
@@ -255,6 +258,17 @@ def pick_device(wanted: str, world: World) -> str:
         index = _choose_gpu(gpus) if gpus > 1 else 0
     torch.cuda.set_device(index)
     return f"cuda:{index}"
+
+
+def use_growing_segments() -> None:
+    """Have torch's allocator grow its pieces of GPU memory, not take ever new ones, so that less is lost between them. What a person has set stays.
+
+    To be called before anything is asked of a GPU: torch reads the variable once, then.
+    """
+    # WSL says that it can, and then fails with the first tensor (pytorch/pytorch#192330)
+    works = sys.platform == "linux" and "microsoft" not in platform.release().lower()
+    if works and not {"PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "PYTORCH_HIP_ALLOC_CONF"} & os.environ.keys():
+        os.environ["PYTORCH_ALLOC_CONF"] = "expandable_segments:True"
 
 
 def _choose_gpu(gpus: int) -> int:

@@ -1,4 +1,10 @@
+import os
+import subprocess
+import sys
+from unittest import mock
+
 import pytest
+import torch
 from ranks import run_ranks
 
 from llm import dist
@@ -141,3 +147,46 @@ def test_without_a_gpu_auto_is_the_cpu_and_cuda_is_refused(monkeypatch):
     assert pick_device("auto", World()) == "cpu"
     with pytest.raises(UserError, match="sees no GPU"):
         pick_device("cuda", World())
+
+
+@pytest.fixture
+def gpu(monkeypatch) -> list:
+    """A machine with one GPU, which nothing in this process may touch: what the allocator was told when it was first chosen."""
+    told = []
+    monkeypatch.setattr("os.environ", {"PATH": ""})
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.set_device", lambda _: told.append({k: v for k, v in os.environ.items() if "ALLOC_CONF" in k}))
+    monkeypatch.setattr("platform.release", lambda: "6.1.0-generic")
+    return told
+
+
+GROWING = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
+
+
+@pytest.mark.parametrize("own", [{}, {"PYTORCH_ALLOC_CONF": "max_split_size_mb:64"}, {"PYTORCH_CUDA_ALLOC_CONF": ""}], ids=str)
+def test_gpu_memory_grows_in_place_unless_the_person_has_set_how(monkeypatch, gpu, own):
+    os.environ.update(own)
+    assert pick_device("auto", World()) == "cuda:0"
+    monkeypatch.setattr("torch.distributed.init_process_group", mock.Mock(side_effect=ConnectionError))  # when the GPU has been chosen
+    os.environ.pop("PYTORCH_ALLOC_CONF", None)
+    os.environ.update(own)
+    with pytest.raises(ConnectionError):
+        dist.start(init_method="file:///nowhere", place=(0, 2, 0))
+    assert gpu == [own or GROWING] * 2
+
+
+def test_it_is_left_alone_where_it_would_fail_and_without_a_gpu(monkeypatch, gpu):
+    monkeypatch.setattr("platform.release", lambda: "5.15.90.1-microsoft-standard-WSL2")
+    assert pick_device("auto", World()) == "cuda:0" and gpu == [{}]
+    monkeypatch.setattr("torch.cuda.is_available", lambda: False)
+    monkeypatch.setattr("platform.release", lambda: "6.1.0-generic")
+    assert pick_device("auto", World()) == "cpu" and "PYTORCH_ALLOC_CONF" not in os.environ
+
+
+@pytest.mark.skipif(not hasattr(torch._C, "_accelerator_getAllocatorSettings"), reason="torch 2.12 is the first that tells")
+def test_torch_reads_it_although_it_was_imported_before():
+    code = "import torch; from llm import dist; dist.use_growing_segments(); print(torch._C._accelerator_getAllocatorSettings())"
+    environment = {k: v for k, v in os.environ.items() if "ALLOC_CONF" not in k}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=100)
+    assert done.stdout.strip() == GROWING["PYTORCH_ALLOC_CONF"], done.stderr

@@ -4,6 +4,7 @@ from torch import nn
 
 from llm.config import RunConfig
 from llm.dist import World
+from llm.engine.attention_kernel import agreed_varlen_trouble
 from llm.engine.protocol import Engine, EngineError, Update
 from llm.engine.wrap import wrap_model
 
@@ -13,6 +14,12 @@ __all__ = ["Engine", "EngineError", "Update", "build_engine"]
 def build_engine(cfg: RunConfig, world: World, model: nn.Module) -> Engine:
     """The engine that `cfg.engine` asks for, holding `model` and its AdamW. Collective: every rank brings equal weights."""
     wrap_model(model, cfg.engine, world.size)
+    engine = _built(cfg, world, model)
+    engine.no_varlen = agreed_varlen_trouble(cfg, world)
+    return engine
+
+
+def _built(cfg: RunConfig, world: World, model: nn.Module) -> Engine:
     if cfg.engine.zero_stage == 0:
         from llm.engine.torch_engine import TorchEngine
 

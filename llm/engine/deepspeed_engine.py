@@ -28,6 +28,8 @@ TESTED = "0.19"
 
 
 class DeepSpeedEngine:
+    no_varlen = ""
+
     def __init__(self, cfg: RunConfig, world: World, model: nn.Module):
         self.world, self.stage, self.offload = world, cfg.engine.zero_stage, cfg.engine.offload
         self.precision = cfg.engine.precision
@@ -71,11 +73,11 @@ class DeepSpeedEngine:
 
     def try_out(self, batch: Batch) -> None:
         with autocast(self.precision, self.world.device):  # past DeepSpeed, which would count this among its steps
-            loss = self.engine.module(**model_inputs(batch, self.world.device))
+            loss = self.engine.module(**model_inputs(batch, self.world.device, self.no_varlen is None))
         torch.autograd.grad(loss, [p for _, p in self.named])  # and not backward, whose hooks would reduce
 
     def _loss(self, batch: Batch) -> torch.Tensor:
-        return self.engine(**model_inputs(batch, self.world.device))
+        return self.engine(**model_inputs(batch, self.world.device, self.no_varlen is None))
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, int]:

@@ -13,6 +13,7 @@ from llm.checkpoint.slices import Slice
 from llm.data.stream import Batch
 from llm.dist import World
 from llm.log import UserError
+from llm.model.varlen import document_starts
 
 Params = list[tuple[str, tuple[int, ...]]]
 
@@ -68,6 +69,8 @@ class Engine(Protocol):
     """Name and shape of every parameter, in the model's order; tied weights once."""
     forward_clock: ForwardClock
     """Has run in the forward passes of `train_step`. Only under ZeRO-3 does a rank wait for others in them."""
+    no_varlen: str | None
+    """Why documents are not kept apart by varlen_attn: None where they are, "" where that goes without saying. `build_engine` finds out."""
 
     def train_step(self, micro_batches: list[Batch], n_targets: int, lr: float, accept: Callable[[float], bool]) -> Update:
         """Make one optimizer step on this rank's micro-batches. Collective.
@@ -113,10 +116,14 @@ def autocast(precision: str, device: str) -> AbstractContextManager:
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
 
-def model_inputs(batch: Batch, device: str) -> dict[str, torch.Tensor]:
-    """A batch as the model's keyword arguments, on the device."""
+def model_inputs(batch: Batch, device: str, varlen: bool = False) -> dict[str, torch.Tensor]:
+    """A batch as the model's keyword arguments, on the device. `varlen`: documents apart by varlen_attn, not by a mask."""
     given = {"tokens_BT": batch.tokens_BT, "targets_BT": batch.targets_BT, "doc_ids_BT": batch.doc_ids_BT}
-    return {name: tensor.to(device, non_blocking=True) for name, tensor in given.items() if tensor is not None}
+    if varlen and batch.doc_ids_BT is not None:
+        given["doc_starts"] = document_starts(batch.doc_ids_BT)
+    # from page-locked memory, or a GPU's host would wait for each copy
+    lock = torch.Tensor.pin_memory if device.startswith("cuda") else lambda tensor: tensor
+    return {name: lock(tensor).to(device, non_blocking=True) for name, tensor in given.items() if tensor is not None}
 
 
 def count_targets(batch: Batch) -> int:

@@ -17,6 +17,8 @@ from llm.engine.protocol import ForwardClock, Reader, Update, autocast, count_ta
 
 
 class TorchEngine:
+    no_varlen = ""
+
     def __init__(self, cfg: RunConfig, world: World, model: nn.Module):
         self.world, self.clip_norm, self.precision = world, cfg.train.clip_norm, cfg.engine.precision
         self.model = model.to(world.device)
@@ -65,7 +67,7 @@ class TorchEngine:
 
     def _loss(self, model: nn.Module, batch: Batch) -> torch.Tensor:
         with autocast(self.precision, self.world.device):
-            return model(**model_inputs(batch, self.world.device))
+            return model(**model_inputs(batch, self.world.device, self.no_varlen is None))
 
     @torch.no_grad()
     def evaluate(self, batch: Batch) -> tuple[float, int]:

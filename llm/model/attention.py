@@ -11,13 +11,16 @@ from torch import Tensor, nn
 from llm.config import ModelConfig
 from llm.model.chunks import EAGER_QUERIES
 from llm.model.layers import Linear, RMSNorm, rotate
+from llm.model.varlen import varlen_attention
 
 
 def sdpa_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int | None = None, mask_B1TS: Tensor | None = None) -> Tensor:
     """torch's fused kernels. The T queries are the last T of the S positions; each sees `window` of them at most, itself included.
 
-    `mask_B1TS`: where they may look, if that is not all up to themselves.
+    `mask_B1TS`: where they may look, if that is not all up to themselves; or where documents begin (`document_starts`), to do without a mask.
     """
+    if mask_B1TS is not None and mask_B1TS.dim() == 1:
+        return varlen_attention(q_BHTK, k_BGSK, v_BGSK, window, mask_B1TS)
     T, S = q_BHTK.shape[2], k_BGSK.shape[2]
     all_seen = mask_B1TS is None and (window is None or window >= S)
     # is_causal lines up with the first key, not the last
@@ -31,17 +34,74 @@ def eager_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int 
 
     On a CPU in bf16 it beats the fused kernels up to some 512 tokens a row (torch 2.13, AVX512); its scores are rounded to bf16.
     """
-    H, T, K = q_BHTK.shape[1:]
-    G, S = k_BGSK.shape[1:3]
-    k_BHSK, v_BHSK = (x.repeat_interleave(H // G, dim=1) for x in (k_BGSK, v_BGSK))
-    seen, parts = _seen(T, S, q_BHTK.device, window, mask_B1TS), []
-    for start in range(0, T, EAGER_QUERIES):  # a part's queries look at no key behind their own end, so a third of the work falls away
-        stop = min(start + EAGER_QUERIES, T)
-        keys = S - T + stop
-        scores = (q_BHTK[:, :, start:stop] * K**-0.5) @ k_BHSK[:, :, :keys].transpose(2, 3)
-        scores = scores.masked_fill(~seen[..., start:stop, :keys], float("-inf"))
-        parts.append(scores.softmax(dim=-1, dtype=torch.float32).to(v_BHSK.dtype) @ v_BHSK[:, :, :keys])
-    return torch.cat(parts, dim=2)
+    H, T, S = q_BHTK.shape[1], q_BHTK.shape[2], k_BGSK.shape[2]
+    k_BHSK, v_BHSK = (x if x.shape[1] == H else x.repeat_interleave(H // x.shape[1], dim=1) for x in (k_BGSK, v_BGSK))
+    seen = None if window is None and mask_B1TS is None else _seen(T, S, q_BHTK.device, window, mask_B1TS)
+    return _EagerAttention.apply(q_BHTK, k_BHSK, v_BHSK, seen)
+
+
+class _EagerAttention(torch.autograd.Function):
+    """Some queries at a time, which look at no key behind their own end: a third of the work falls away.
+
+    The backward pass is written out, because autograd's own fills up each part's gradients of keys with zeros, and takes sums over
+    rows of scores where sums over rows of the output say the same; FlashAttention, arXiv 2205.14135, appendix B.4.
+    """
+    # Z is B and H in one; what products read is made contiguous first, or they would copy it themselves, more slowly
+
+    @staticmethod
+    def forward(ctx, q_BHTK: Tensor, k_BHSK: Tensor, v_BHSK: Tensor, seen: Tensor | None) -> Tensor:
+        (B, H, T, K), S = q_BHTK.shape, k_BHSK.shape[2]
+        q_ZTK, k_ZSK, v_ZSK = (x.flatten(0, 1).contiguous() for x in (q_BHTK * K**-0.5, k_BHSK, v_BHSK))
+        ys, kept = [], []
+        with torch.autocast(q_BHTK.device.type, enabled=False):
+            for start, stop, keys in _parts(T, S):
+                scores = q_ZTK[:, start:stop].contiguous() @ k_ZSK[:, :keys].contiguous().transpose(1, 2)
+                if seen is None:
+                    is_hidden = _behind_each(start + S - T, stop - start, keys, scores.device)
+                else:
+                    is_hidden, scores = ~seen[..., start:stop, :keys], scores.view(B, H, -1, keys)
+                probs_ZTS = scores.masked_fill_(is_hidden, float("-inf")).softmax(dim=-1).view(B * H, -1, keys)
+                ys.append(probs_ZTS @ v_ZSK[:, :keys].contiguous())
+                kept.append(probs_ZTS)
+        y_ZTK = torch.cat(ys, dim=1)
+        ctx.save_for_backward(q_ZTK, k_ZSK, v_ZSK, y_ZTK, *kept)
+        return y_ZTK.view(B, H, T, K)
+
+    @staticmethod
+    def backward(ctx, y_grad_BHTK: Tensor):
+        q_ZTK, k_ZSK, v_ZSK, y_ZTK, *kept = ctx.saved_tensors
+        (B, H, T, K), S = y_grad_BHTK.shape, k_ZSK.shape[1]
+        y_grad_ZTK = y_grad_BHTK.flatten(0, 1).to(y_ZTK.dtype)
+        row_sums_ZT1 = (y_grad_ZTK.float() * y_ZTK.float()).sum(dim=-1, keepdim=True)
+        q_grads, k_grads, v_grads = [], [], []
+        for (start, stop, keys), probs in zip(_parts(T, S), kept, strict=True):
+            y_grad = y_grad_ZTK[:, start:stop].contiguous()
+            probs_grad = y_grad @ v_ZSK[:, :keys].contiguous().transpose(1, 2)
+            scores_grad = probs_grad.float().sub_(row_sums_ZT1[:, start:stop]).mul_(probs).to(probs.dtype)
+            q_grads.append(scores_grad @ k_ZSK[:, :keys].contiguous())
+            _add_part(k_grads, scores_grad.transpose(1, 2) @ q_ZTK[:, start:stop].contiguous())
+            _add_part(v_grads, probs.transpose(1, 2) @ y_grad)
+        q_grad, k_grad, v_grad = (torch.cat(parts, dim=1).view(B, H, -1, K) for parts in (q_grads, k_grads, v_grads))
+        return q_grad * K**-0.5, k_grad, v_grad, None
+
+
+def _parts(T: int, S: int) -> list[tuple[int, int, int]]:
+    """(first query, stop, keys that they may look at) of each part."""
+    stops = [min(start + EAGER_QUERIES, T) for start in range(0, T, EAGER_QUERIES)]
+    return [(start, stop, S - T + stop) for start, stop in zip(range(0, T, EAGER_QUERIES), stops, strict=True)]
+
+
+def _behind_each(first: int, n_queries: int, n_keys: int, device: torch.device) -> Tensor:
+    """True where a key lies behind the query at position `first` + row; by 32 bits, which compiled code compares faster than the usual 64."""
+    places, rows = (torch.arange(n, dtype=torch.int32, device=device) for n in (n_keys, n_queries))
+    return places > rows[:, None] + first
+
+
+def _add_part(gradients: list[Tensor], part_ZSK: Tensor) -> None:
+    """Add a part's gradient of keys to those of shorter parts before it; the rest of it is the first for its keys."""
+    lengths = [g.shape[1] for g in gradients]
+    *seen_before, new = part_ZSK.split([*lengths, part_ZSK.shape[1] - sum(lengths)], dim=1)
+    gradients[:] = [g + more for g, more in zip(gradients, seen_before, strict=True)] + [new]
 
 
 def causal_mask(T: int, S: int, device: torch.device, window: int | None = None) -> Tensor:

@@ -2,7 +2,8 @@
 
 At V 32k they would be the largest tensor of a step by far. Of a chunk of rows the logits are made, read for the loss in slices that stay
 in the cache, and written over by their own gradient, which goes on into the gradients of hidden states and weight at once: so the forward
-pass does all the work, each exponential is taken once, and the backward pass only scales.
+pass does all the work, each exponential is taken once, and the backward pass only scales. What scales a whole row of that gradient, the
+softmax's denominator among it, is left to the rows of hidden states, which are far shorter.
 """
 # B rows in a batch · T tokens in a row · S keys attended to (T, or the cache length) · D model width · H query heads
 # G kv heads · K width of one head · F MLP width · V vocabulary, padded
@@ -48,20 +49,21 @@ class _HeadLoss(torch.autograd.Function):
         dtype = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else x_ND.dtype
         weight, bias = weight_VD.to(dtype), None if bias_V is None else bias_V.to(dtype)
         total = torch.zeros((), device=x_ND.device)
-        x_grads, weight_grad, bias_grad = [], None, None
+        x_grad_ND, weight_grad, bias_grad = torch.empty_like(x_ND) if learns else x_ND, None, None
         n_chunks = -(-len(x_ND) * len(weight) // (CPU_CHUNK if device == "cpu" else GPU_CHUNK))
         with torch.autocast(device, enabled=False):
-            for rows, targets in zip(x_ND.chunk(n_chunks), targets_N.chunk(n_chunks), strict=True):
+            for rows, grads, targets in zip(*(whole.chunk(n_chunks) for whole in (x_ND, x_grad_ND, targets_N)), strict=True):
                 x = rows.to(dtype)
                 logits = linear(x, weight, bias)
-                total += head.take_loss(logits, targets, z_loss, head.softcap, learns)
+                chunk_loss, scales_N1 = head.take_loss(logits, targets, z_loss, head.softcap, learns)
+                total += chunk_loss
                 if learns:
-                    x_grads.append(times_transposed(logits, weight.T))
-                    weight_grad = _plus(weight_grad, weight_gradient(logits, x))
-                    bias_grad = _plus(bias_grad, logits.float().sum(dim=0)) if bias_V is not None else None
+                    torch.mul(times_transposed(logits, weight.T), scales_N1, out=grads)
+                    weight_grad = _plus(weight_grad, weight_gradient(logits, (x * scales_N1).to(dtype)))
+                    bias_grad = _plus(bias_grad, (logits.float() * scales_N1).sum(dim=0)) if bias_V is not None else None
                 del logits  # or two chunks would be there while the next one is made
         if learns:
-            ctx.save_for_backward(torch.cat(x_grads).to(x_ND.dtype), weight_grad, bias_grad)
+            ctx.save_for_backward(x_grad_ND, weight_grad, bias_grad)
         return total
 
     @staticmethod
@@ -70,43 +72,40 @@ class _HeadLoss(torch.autograd.Function):
         return *(g if g is None else g.mul_(scale) for g in ctx.saved_tensors), None, None, None, None
 
 
-def take_loss_(logits_NV: Tensor, targets_N: Tensor, z_loss: float, softcap: float | None, learns: bool) -> Tensor:
-    """The summed loss of these rows, in fp32 from logits of any dtype; if it learns, the logits become their own gradient."""
+def take_loss_(logits_NV: Tensor, targets_N: Tensor, z_loss: float, softcap: float | None, learns: bool) -> tuple[Tensor, Tensor]:
+    """(summed loss of these rows in fp32, from logits of any dtype; scales_N1): if it learns, the logits become their own gradient by these."""
     bent_NV = logits_NV if softcap is None else softcap * torch.tanh(logits_NV.float() / softcap)
-    counts_N, at_N1 = targets_N != IGNORE, targets_N.clamp(min=0)[:, None]
-    probs_NV, log_z_N1 = _softmax_and_log_z(bent_NV)
+    is_counted_N1, at_N1 = (targets_N != IGNORE)[:, None], targets_N.clamp(min=0)[:, None]
+    exps_NV, sums_N1, log_z_N1 = _exponentials(bent_NV, logits_NV.dtype)
     at_target_N1 = bent_NV.gather(1, at_N1).float()
     losses_N1 = log_z_N1 - at_target_N1 + z_loss * log_z_N1.square()
+    weights_N1 = 1 + 2 * z_loss * log_z_N1
     if learns:
-        weights_N1 = (1 + 2 * z_loss * log_z_N1) * counts_N[:, None]
-        target_grads_N1 = weights_N1 * (at_target_N1 - log_z_N1).exp() - counts_N[:, None].float()
+        target_grads_N1 = ((at_target_N1 - log_z_N1).exp() - weights_N1.reciprocal()) * sums_N1
         if softcap is not None:
-            probs_NV = probs_NV * (1 - (bent_NV / softcap).square())
+            exps_NV = exps_NV * (1 - (bent_NV / softcap).square())
             target_grads_N1 = target_grads_N1 * (1 - (at_target_N1 / softcap).square())
-        if torch.compiler.is_compiling():  # a scatter would need the numbers in memory before it
-            is_target_NV = torch.arange(logits_NV.shape[1], device=logits_NV.device) == at_N1
-            logits_NV.copy_(torch.where(is_target_NV, target_grads_N1, probs_NV * weights_N1))
-        else:
-            logits_NV.copy_(probs_NV.mul_(weights_N1)).scatter_(1, at_N1, target_grads_N1.to(logits_NV.dtype))
-    return losses_N1[:, 0].masked_fill(~counts_N, 0.0).sum()
+        logits_NV.copy_(exps_NV).scatter_(1, at_N1, target_grads_N1.to(logits_NV.dtype))
+    return losses_N1.masked_fill(~is_counted_N1, 0.0).sum(), weights_N1 / sums_N1 * is_counted_N1
 
 
-def _softmax_and_log_z(logits_NV: Tensor) -> tuple[Tensor, Tensor]:
-    """fp32; ln Z is [N, 1]."""
+def _exponentials(logits_NV: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
+    """exps_NV in proportion to the softmax, their sums_N1 and ln Z [N, 1] in fp32."""
     highest_N1 = logits_NV.amax(dim=-1, keepdim=True).float()
     if torch.compiler.is_compiling():
-        exps_NV = (logits_NV.float() - highest_N1).exp()
-        sums_N1 = exps_NV.sum(dim=-1, keepdim=True)
-        return exps_NV * sums_N1.reciprocal(), highest_N1 + sums_N1.log()
+        exps_NV = (logits_NV.float() - highest_N1).exp().to(dtype)  # rounded as they will be kept, or a copy in fp32 would be made to be summed
+        sums_N1 = exps_NV.float().sum(dim=-1, keepdim=True)
+        return exps_NV, sums_N1, highest_N1 + sums_N1.log()
     probs_NV = torch.softmax(logits_NV, dim=-1, dtype=torch.float32)
     # by the most probable token, whose probability is never too small for a logarithm
-    return probs_NV, highest_N1 - probs_NV.amax(dim=-1, keepdim=True).log()
+    return probs_NV, torch.ones_like(highest_N1), highest_N1 - probs_NV.amax(dim=-1, keepdim=True).log()
 
 
-def take_loss_in_slices_(logits_NV: Tensor, targets_N: Tensor, *how) -> Tensor:
+def take_loss_in_slices_(logits_NV: Tensor, targets_N: Tensor, *how) -> tuple[Tensor, Tensor]:
     """take_loss_, so few rows at a time that what one operation writes is still in the cache when the next one reads it."""
     rows = max(1, (CPU_SLICE if logits_NV.device.type == "cpu" else GPU_SLICE) // logits_NV.shape[1])
-    return sum(take_loss_(*part, *how) for part in zip(logits_NV.split(rows), targets_N.split(rows), strict=True))
+    losses, scales = zip(*(take_loss_(*part, *how) for part in zip(logits_NV.split(rows), targets_N.split(rows), strict=True)), strict=True)
+    return sum(losses), torch.cat(scales)
 
 
 def _plus(total: Tensor | None, part: Tensor) -> Tensor:

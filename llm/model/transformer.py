@@ -13,6 +13,7 @@ from llm.model.kv_cache import KVCache
 from llm.model.layers import MLP, Embedding, make_norm
 from llm.model.loss import Head
 from llm.model.rope import rope_tables
+from llm.model.varlen import let_vary
 
 
 class Block(nn.Module):
@@ -64,15 +65,23 @@ class Transformer(nn.Module):
     def dtype(self) -> torch.dtype:
         return self.embed.weight.dtype
 
-    def forward(self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: KVCache | None = None, doc_ids_BT: Tensor | None = None) -> Tensor:
+    def forward(
+        self, tokens_BT: Tensor, targets_BT: Tensor | None = None, cache: KVCache | None = None,
+        doc_ids_BT: Tensor | None = None, doc_starts: Tensor | None = None,
+    ) -> Tensor:  # fmt: skip
         """With targets the fp32 sum of cross-entropy (in training with z-loss) over those that are not -100, else logits_BTV.
 
-        With doc_ids, tokens see only those of their own document, and positions begin with it.
+        With doc_ids, tokens see only those of their own document, and positions begin with it; with `doc_starts` of them as well
+        (llm/model/varlen.py), by varlen_attn in place of a mask.
         """
-        hidden_BTD = self.hidden(tokens_BT, cache, doc_ids_BT)
+        if doc_starts is not None:
+            let_vary(doc_starts)
+        hidden_BTD = self.hidden(tokens_BT, cache, doc_ids_BT, doc_starts)
         return self.head(hidden_BTD) if targets_BT is None else self.head(hidden_BTD, targets_BT, self.cfg.z_loss if self.training else 0.0)
 
-    def hidden(self, tokens_BT: Tensor, cache: KVCache | None = None, doc_ids_BT: Tensor | None = None) -> Tensor:
+    def hidden(
+        self, tokens_BT: Tensor, cache: KVCache | None = None, doc_ids_BT: Tensor | None = None, doc_starts: Tensor | None = None
+    ) -> Tensor:
         """What the head reads, [B, T, D]. With a cache the tokens follow those it holds, and are added to it."""
         assert cache is None or doc_ids_BT is None, "a cache holds one document"
         start = cache.length if cache else 0
@@ -80,7 +89,7 @@ class Transformer(nn.Module):
         assert stop <= self.cfg.seq_len, (stop, self.cfg.seq_len)
         x_BTD, rope, mask, places = self.embed(tokens_BT), None, None, slice(start, stop)
         if doc_ids_BT is not None:
-            places, mask = positions_in_documents(doc_ids_BT), document_mask(doc_ids_BT)
+            places, mask = positions_in_documents(doc_ids_BT), document_mask(doc_ids_BT) if doc_starts is None else doc_starts
         if self.cfg.positions == "learned":
             x_BTD = x_BTD + self.positions(torch.arange(self.cfg.seq_len, device=tokens_BT.device)[places])
         else:

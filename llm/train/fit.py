@@ -22,9 +22,9 @@ def is_out_of_memory(error: BaseException) -> bool:
 
 def fitted(cfg: RunConfig, plan: BatchPlan, world: World, engine: Engine) -> BatchPlan:
     """The plan with the most rows a micro-batch of which every rank can take one through the model. Collective."""
-    if cfg.engine.zero_stage == 3 and world.size > 1:
-        raise ConfigError("train.batch_size: auto tries sizes out on each rank by itself, which ZeRO-3 cannot. Give a number.")
-    while any(world.gather(not _fits(engine, plan))):
+    if cfg.engine.zero_stage == 3:
+        raise ConfigError("train.batch_size: auto tries sizes out past DeepSpeed, on each rank by itself, which ZeRO-3 cannot. Give a number.")
+    while any(world.gather(not _fits(engine, plan, cfg.data.document_mask))):
         if plan.micro_rows == 1:
             raise OutOfMemory(f"Not even one row of {plan.seq_len:,} tokens fits into memory. {_ADVICE}")
         plan = plan.with_rows(smaller_rows(plan.rank_rows, plan.micro_rows))
@@ -33,10 +33,10 @@ def fitted(cfg: RunConfig, plan: BatchPlan, world: World, engine: Engine) -> Bat
     return plan
 
 
-def _fits(engine: Engine, plan: BatchPlan) -> bool:
+def _fits(engine: Engine, plan: BatchPlan, document_mask: bool) -> bool:
     ids = torch.zeros(plan.micro_rows, plan.seq_len, dtype=torch.int64)
     try:
-        engine.try_out(Batch(ids, ids, None, None))
+        engine.try_out(Batch(ids, ids, ids if document_mask else None, None))  # of one document
     except (RuntimeError, MemoryError) as error:
         if not is_out_of_memory(error):
             raise
@@ -65,6 +65,6 @@ def train_step(engine: Engine, stream: Stream, world: World, drawn: int, batches
 
 
 _ADVICE = (
-    "A smaller train.batch_size, engine.activation_checkpointing=true or a higher engine.zero_stage take less memory; the data and their order "
-    "stay the same."
+    "A smaller train.batch_size, a higher engine.activation_checkpointing (the share of blocks, up to 1) or engine.zero_stage take less memory; the "
+    "data and their order stay the same."
 )

@@ -46,7 +46,10 @@ class Metrics:
 
     def step(self, step: int, ledger: Ledger, *, loss: float, lr: float, grad_norm: float, tokens: int, seconds: float, data_wait_s: float) -> None:
         """One applied update: `step` is the number of steps done, `tokens` the counted targets of the global step."""
-        self.first_loss = loss if self.first_loss is None else self.first_loss
+        if self.first_loss is None:
+            self.first_loss = loss
+            if self.speaks and self.cfg.engine.compile:
+                log.info(f"the first step took {seconds:.1f} s, compiling included; what is compiled is kept for the next sitting")
         self.last_loss = loss
         self.tokens += tokens
         self.busy_s += seconds

@@ -148,7 +148,7 @@ def _train(
     if checkpoint:
         world.together(lambda: probe.check(checkpoint.manifest, ACCEPT in options.accept_change))
     keeper = Keeper(cfg, plan, world, engine, tokenizer, checkpoint, lock, probe, template, is_fork=begins)
-    _introduce(cfg, plan, world, checkpoint, at, chosen)
+    _introduce(cfg, plan, world, checkpoint, at, chosen, engine.no_varlen)
     metrics = _metrics(cfg, world, sitting, DatasetTokens(train_shards))
     world.on_rank_0(lambda: metrics.start(at.step, note_start(cfg, world, plan, at.step)))
     validator = _validator(cfg, plan, world, engine, tokenizer, val_shards)
@@ -283,7 +283,9 @@ def _save_after_error(world: World, engine: Engine, keeper: Keeper, at: Progress
             log.error(f"The {failure}.")
 
 
-def _introduce(cfg: RunConfig, plan: BatchPlan, world: World, checkpoint: Checkpoint | None, at: Progress, ledger: Ledger) -> None:
+def _introduce(
+    cfg: RunConfig, plan: BatchPlan, world: World, checkpoint: Checkpoint | None, at: Progress, ledger: Ledger, no_varlen: str | None
+) -> None:
     if world.rank:
         return
     phase, engine = ledger.open_phase, cfg.engine
@@ -293,7 +295,7 @@ def _introduce(cfg: RunConfig, plan: BatchPlan, world: World, checkpoint: Checkp
     size = f"{count_params(cfg.model):,} parameters"
     log.info(f"{cfg.checkpoint.run_name} {start} at step {at.step:,}: {size}, {kind}, {engine.precision}, {world.device}")
     log.info(f"batch: {plan}")
-    kernel = attention_kernel(cfg.model, engine.precision, world.device, cfg.data.document_mask)
+    kernel = attention_kernel(cfg.model, engine.precision, world.device, cfg.data.document_mask, no_varlen)
     log.info(f"attention: {kernel}; {'compiled' if engine.compile else 'not compiled (engine.compile)'}")
     cut = f" packed ({phase.padding:.1%} padding)" if phase.packing else ""
     log.info(

@@ -39,8 +39,8 @@ class Spoilable(Transformer):
 
     spoilt = False
 
-    def forward(self, tokens_BT, targets_BT=None, cache=None, doc_ids_BT=None):
-        loss = super().forward(tokens_BT, targets_BT, cache, doc_ids_BT)
+    def forward(self, tokens_BT, targets_BT=None, cache=None, **documents):
+        loss = super().forward(tokens_BT, targets_BT, cache, **documents)
         return loss + (loss * 0).sqrt() if self.spoilt else loss
 
 

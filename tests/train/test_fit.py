@@ -9,6 +9,7 @@ from little_run import SEQ_LEN, make_run, sit
 from ranks import run_ranks
 
 from llm.config import ConfigError, batch_plan, load_config, smaller_rows
+from llm.dist import World
 from llm.engine.torch_engine import TorchEngine
 from llm.train.fit import OutOfMemory, fitted
 
@@ -69,6 +70,13 @@ def test_auto_takes_the_largest_that_fits(tmp_path):
     assert run_of(tmp_path / "auto", "auto", memory=2)["state"] == run_of(tmp_path / "two", 2)["state"]
 
 
+@pytest.mark.parametrize("document_mask", [True, False])
+def test_a_size_is_tried_with_documents_where_they_are_kept_apart(tmp_path, document_mask):
+    cfg, engine = load_config(make_run(tmp_path, batch_size="auto"), [f"data.document_mask={document_mask}"]), mock.Mock()
+    fitted(cfg, batch_plan(cfg, 1), World(), engine)
+    assert (engine.try_out.call_args.args[0].doc_ids_BT is not None) == document_mask
+
+
 def auto_where_rank_1_has_less(world, config, stage) -> int:
     from llm.engine.deepspeed_engine import DeepSpeedEngine
     from llm.train import run as training
@@ -90,6 +98,13 @@ def auto_where_rank_1_has_less(world, config, stage) -> int:
 def test_all_ranks_take_what_the_poorest_can(tmp_path, stage):
     config = str(make_run(tmp_path / "run", batch_size="auto"))
     assert run_ranks(auto_where_rank_1_has_less, 2, tmp_path, config, stage) == [[1, 10]] * 2
+
+
+def test_auto_is_refused_under_zero_3_on_one_rank_as_on_many(tmp_path):
+    cfg, engine = load_config(make_run(tmp_path, batch_size="auto"), ["engine.zero_stage=3"]), mock.Mock()
+    with pytest.raises(ConfigError, match="Give a number"):
+        fitted(cfg, batch_plan(cfg, 1), World(), engine)
+    assert not engine.try_out.called
 
 
 def test_auto_needs_to_be_told_the_global_batch(tmp_path):

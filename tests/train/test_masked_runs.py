@@ -3,12 +3,14 @@
 import subprocess
 import sys
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 import torch
 from little_run import SEQ_LEN, add_shard, fed_by_step, fed_targets, losses, make_run, make_tokenizer, newest_ledger, sit
 from ranks import run_ranks
+from varlen_stand_in import stand_in
 
 from llm.config import ConfigError, load_config
 from llm.data.phase import Phase
@@ -84,6 +86,21 @@ def test_each_counted_token_is_trained_on_once_through_ranks_and_stages_and_the_
         [sys.executable, "tools/ledger.py", "verify", load_config(config).run_folder], cwd=ROOT, capture_output=True, text=True, timeout=60
     )
     assert done.returncode == 0 and "everything agrees" in done.stdout, done.stdout + done.stderr
+
+
+def with_kernel(world, config: str, trouble: str | None) -> dict:
+    with stand_in(), mock.patch("llm.engine.agreed_varlen_trouble", return_value=trouble):
+        return sit(world, config, CUTS["packed"])
+
+
+def test_a_run_without_masks_has_the_losses_of_one_with_them_and_the_log_says_which_it_is(tmp_path):
+    configs = {trouble: make_chats(tmp_path / str(trouble)) for trouble in (None, "for a test")}
+    for trouble, config in configs.items():
+        run_ranks(with_kernel, 1, tmp_path, str(config), trouble)
+    assert losses(configs[None]) == pytest.approx(losses(configs["for a test"]), abs=1e-5)
+    logs = {trouble: (load_config(config).log_folder / "rank-0.log").read_text() for trouble, config in configs.items()}
+    assert "attention: varlen_attn, flash kernel, each document by itself; " in logs[None]
+    assert "attention: sdpa, flash kernel, masked (not varlen_attn: for a test); " in logs["for a test"]
 
 
 def change_in_the_middle(world, config: str) -> list[str]:

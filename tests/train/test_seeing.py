@@ -1,9 +1,12 @@
 """What a run shows of itself: metrics in groups, TensorBoard, samples, profiles, time left. None of it changes what is learned."""
 
+import functools
 import gzip
 import json
+import re
 import time
 from pathlib import Path
+from unittest import mock
 
 import pytest
 from little_run import add_shard, make_run, make_tokenizer, sit, sit_alone
@@ -71,6 +74,21 @@ def test_metrics_come_in_groups_and_time_is_divided_without_rest(seen_run):
         assert len(shares) == 5 and sum(shares.values()) == pytest.approx(1)
     assert [r["step"] for r in steps if r["time/validating_share"]] == [6], "step 5 ended with validation, and step 10 is the last one noted"
     assert steps[-1]["data/data_tokens"] == 149 + 140, "every token but each shard's first"
+
+
+def sit_compiled(world, config: str, overrides: list[str]) -> dict:
+    import torch
+
+    with mock.patch("torch.compile", functools.partial(torch.compile, backend="aot_eager")):
+        return sit(world, config, overrides)
+
+
+def test_the_time_of_the_first_step_is_told_where_it_compiles_and_nowhere_else(seen_run, tmp_path):
+    config = make_run(tmp_path)
+    run_ranks(sit_compiled, 1, tmp_path, str(config), ["engine.compile=true"])
+    told = (logs(config) / "rank-0.log").read_text()
+    assert len(re.findall(r"the first step took \d+\.\d s, compiling included", told)) == 1
+    assert "the first step took" not in (logs(seen_run[0]) / "rank-0.log").read_text()
 
 
 def test_tensorboard_has_the_same_names_and_the_texts(seen_run):
