@@ -8,21 +8,22 @@ The first row is the config as it is, compiled; a ratio below 1 says what is los
 
 import time
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
 import torch
 import torch.nn.functional as F
 from machine import in_rounds, machine, write_json
-from step import changed, draw, setting, take_turns
+from step import changed, setting, take_turns, warm
 
 from llm import cli
 from llm.config import RunConfig, batch_plan, load_config
 from llm.data.stream import Batch
 from llm.dist import World
 from llm.engine import build_engine
+from llm.engine.attention_kernel import is_hopper, kernels_in_order
 from llm.engine.process import keep_freed_memory
-from llm.log import log
 from llm.model import products
 from llm.model.init import build_model
 from llm.model.loss import Head
@@ -44,35 +45,37 @@ def main() -> None:
     torch.set_flush_denormal(True)
     if args.device == "cpu":
         keep_freed_memory()
-    steps = {}
-    for name, step in forms(cfg, args.device).items():
-        for seed in range(2):
-            step(draw(cfg, seed))
-        steps[name] = step
-        log.info(f"{name}: warm")
+    contenders = {name: warm(name, build, cfg, args.device, 2) for name, build in forms(cfg, args.device).items()}
     clock = time.process_time if args.cpu_time else time.perf_counter
-    rounds = [take_turns(steps, cfg, args.steps, turn, args.device, clock) for turn in range(args.rounds)]
+    rounds = [take_turns(contenders, cfg, args.steps, turn, args.device, clock) for turn in range(args.rounds)]
     summary = {}
-    for name in steps:
+    for name, contender in contenders.items():
         s = summary[name] = in_rounds(rounds, name, WHOLE)
-        print(f"{name:32} {s['tokens_per_second']:10,.0f} tok/s   {s['ratio']:.3f} ({s['ratio_low']:.3f} to {s['ratio_high']:.3f})")
+        print(f"{name:32} {s['tokens_per_second']:10,.0f} tok/s   {s['ratio']:.3f} ({s['ratio_low']:.3f} to {s['ratio_high']:.3f}){contender.memory}")
     report = {"config": cfg.model_dump(mode="json"), "batch": str(batch_plan(cfg, 1)), "rounds_tokens_per_second": rounds, "summary": summary}
     write_json(report | {"machine": machine(["torch"]) | setting(args.device, True)}, args.out)
 
 
 def forms(cfg: RunConfig, device: str) -> dict[str, Callable]:
-    """Name -> a function that makes a step."""
+    """Name -> a function of (config, device) that builds an engine and gives its step."""
+
+    def less(*, head: type[Head] = Head, fused: bool = True, onednn: bool = products.ONEDNN, in_order: bool = True, **sections: dict) -> Callable:
+        return lambda cfg, device: stepper(changed(cfg, **sections), device, head, fused, onednn, in_order)
+
     other = "sdpa" if cfg.model.attention == "eager" else "eager"
     found = {
-        WHOLE: stepper(cfg, device),
-        "without compile": stepper(changed(cfg, engine={"compile": False}), device),
-        f"attention: {other}": stepper(changed(cfg, model={"attention": other}), device),
-        "logits of all rows at once": stepper(cfg, device, head=WholeLogits),
-        "AdamW one tensor at a time": stepper(cfg, device, fused=False),
-        "with activation checkpointing": stepper(changed(cfg, engine={"activation_checkpointing": True}), device),
+        WHOLE: less(),
+        "without compile": less(engine={"compile": False}),
+        f"attention: {other}": less(model={"attention": other}),
+        "logits of all rows at once": less(head=WholeLogits),
+        "AdamW one tensor at a time": less(fused=False),
+        "half of the blocks recomputed": less(engine={"activation_checkpointing": 0.5}),
+        "all blocks recomputed": less(engine={"activation_checkpointing": True}),
     }
     if products.ONEDNN and cfg.engine.precision == "fp32" and device == "cpu":
-        found["products by MKL"] = stepper(cfg, device, onednn=False)
+        found["products by MKL"] = less(onednn=False)
+    if is_hopper(device) and cfg.model.attention == "sdpa":
+        found["flash before cuDNN"] = less(in_order=False)
     return found
 
 
@@ -83,7 +86,7 @@ class WholeLogits(Head):
         return F.cross_entropy(super().forward(x).flatten(0, 1).float(), targets_BT.flatten(), reduction="sum", ignore_index=-100)
 
 
-def stepper(cfg: RunConfig, device: str, head: type[Head] = Head, fused: bool = True, onednn: bool = products.ONEDNN) -> Callable:
+def stepper(cfg: RunConfig, device: str, head: type[Head], fused: bool, onednn: bool, in_order: bool) -> Callable:
     model = build_model(cfg.model, cfg.train.seed)
     model.head.__class__ = head
     if head is WholeLogits and cfg.engine.compile:
@@ -92,9 +95,10 @@ def stepper(cfg: RunConfig, device: str, head: type[Head] = Head, fused: bool = 
     for group in engine.optimizer.param_groups:
         group.update(fused=fused, foreach=False)
 
-    def step(batches) -> None:
-        with mock.patch.object(products, "ONEDNN", onednn):
-            engine.train_step([Batch(x, y, None, None) for x, y in batches], sum(y.numel() for _, y in batches), cfg.train.lr, lambda _: True)
+    def step(batches) -> float:
+        with mock.patch.object(products, "ONEDNN", onednn), kernels_in_order(device) if in_order else nullcontext():
+            n_targets = sum(y.numel() for _, y in batches)
+            return engine.train_step([Batch(x, y, None, None) for x, y in batches], n_targets, cfg.train.lr, lambda _: True).loss
 
     return step
 

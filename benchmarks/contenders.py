@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch
 from nanogpt_loop import GPT, Loop
 
-from llm.config import RunConfig
+from llm.config import RunConfig, batch_plan
+from llm.dist import World
 from llm.log import log
 
 
@@ -77,16 +78,77 @@ def fsdp2(cfg: RunConfig, device: str, compiled: bool) -> Callable:
     return loop.step
 
 
-NEEDS: dict[str, tuple[Callable, str]] = {"hf": (huggingface, "transformers"), "litgpt": (litgpt, "litgpt"), "fsdp2": (fsdp2, "torch")}
+def trainer(cfg: RunConfig, device: str, compiled: bool) -> Callable:
+    """Hugging Face's Trainer, its own training step, clipping and optimizer; what its loop does around them, logging for instance, is left out."""
+    import tempfile
+
+    from transformers import AutoConfig, AutoModelForCausalLM, Trainer, TrainingArguments
+
+    from llm.model.huggingface import to_config_json
+
+    t = cfg.train
+    args = TrainingArguments(
+        output_dir=tempfile.mkdtemp(), bf16=cfg.engine.precision == "bf16", use_cpu=device == "cpu", optim="adamw_torch_fused", learning_rate=t.lr,
+        weight_decay=t.weight_decay, adam_beta1=t.betas[0], adam_beta2=t.betas[1], max_grad_norm=t.clip_norm or 0.0, torch_compile=compiled,
+        gradient_accumulation_steps=batch_plan(cfg, 1).accumulation, report_to=[], lr_scheduler_type="constant",
+    )  # fmt: skip
+    model = AutoModelForCausalLM.from_config(AutoConfig.for_model(**to_config_json(cfg.model)), attn_implementation="sdpa")
+    its = Trainer(model=model, args=args)
+    its.current_gradient_accumulation_steps = args.gradient_accumulation_steps
+    its.create_optimizer_and_scheduler(num_training_steps=1_000_000)
+    wrapped, optimizer = its.accelerator.prepare(its.model, its.optimizer)
+    its.model_wrapped = wrapped
+    wrapped.train()
+
+    def step(batches) -> torch.Tensor:
+        losses = []
+        for x, y in batches:
+            losses.append(its.training_step(wrapped, {"input_ids": x, "labels": y, "shift_labels": y}))
+        if t.clip_norm:
+            its.accelerator.clip_grad_norm_(wrapped.parameters(), t.clip_norm)
+        optimizer.step()
+        wrapped.zero_grad()
+        return sum(losses)
+
+    return step
+
+
+def deepspeed_defaults(cfg: RunConfig, device: str, compiled: bool) -> Callable:
+    """The yardstick's model under ZeRO-1 with nothing set but what has to be: bf16 weights and buckets as they come, and the same fused AdamW."""
+    from llm.engine.deepspeed_engine import import_deepspeed
+
+    deepspeed, plan, t = import_deepspeed(World(device=device)), batch_plan(cfg, 1), cfg.train
+    loop = Loop(cfg, device, False)
+    settings = {
+        "train_micro_batch_size_per_gpu": plan.micro_rows, "gradient_accumulation_steps": plan.accumulation, "zero_optimization": {"stage": 1},
+        "bf16": {"enabled": cfg.engine.precision == "bf16"}, "gradient_clipping": t.clip_norm or 0.0, "steps_per_print": 2**31,
+    }  # fmt: skip
+    engine = deepspeed.initialize(model=loop.model, optimizer=loop.optimizer, config=settings, dist_init_required=False)[0]
+    if compiled:
+        engine.compile()
+
+    def step(batches) -> torch.Tensor:
+        for x, y in batches:
+            loss = engine(x.to(device, non_blocking=True), y.to(device, non_blocking=True))
+            engine.backward(loss)
+            engine.step()
+        return loss.detach()
+
+    return step
+
+
+NEEDS: dict[str, tuple[Callable, str]] = {
+    "hf": (huggingface, "transformers"), "trainer": (trainer, "accelerate"), "litgpt": (litgpt, "litgpt"), "fsdp2": (fsdp2, "torch"),
+    "deepspeed": (deepspeed_defaults, "deepspeed"),
+}  # fmt: skip
 
 
 def others(names: list[str]) -> dict[str, Callable]:
-    """Those of `names` that are installed."""
+    """Those of `names` that are other people's and installed; such as need a process group last, since Trainer wraps its model where there is one."""
     found = {}
-    for name in names:
-        build, package = NEEDS[name]
-        if importlib.util.find_spec(package):
+    for name, (build, package) in NEEDS.items():
+        if name in names and importlib.util.find_spec(package):
             found[name] = build
-        else:
+        elif name in names:
             log.info(f"{name}: {package} is not installed, so it is left out")
     return found
