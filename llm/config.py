@@ -273,7 +273,8 @@ class EngineConfig(Section):
     precision: Literal["bf16", "fp32"] = "bf16"
     """bf16: autocast over fp32 weights."""
     compile: bool = False
-    activation_checkpointing: bool = False
+    activation_checkpointing: Fraction = 0.0
+    """The share of the blocks, in whole ones, that do not keep their activations but compute them again in the backward pass; true: all."""
     offload: bool = False
     ds_config: str | None = None
     """A DeepSpeed JSON; None: ds_configs/zeroN.json of the chosen stage."""
@@ -287,6 +288,12 @@ class EngineConfig(Section):
         if given and info.data.get("zero_stage") == 0:
             raise ValueError("offload is DeepSpeed's: it needs zero_stage 1, 2 or 3")
         return given
+
+    def recomputed_blocks(self, n_layers: int) -> list[int]:
+        """Those that do not keep their activations, spread evenly. The last is among them only where all are: its activations are the first
+        to be needed again, when all others are still there, so that forgetting them would save nothing."""
+        kept = n_layers - round(self.activation_checkpointing * n_layers)
+        return [i for i in range(n_layers) if (i + 1) * kept // n_layers == i * kept // n_layers]
 
 
 class CheckpointConfig(Section):

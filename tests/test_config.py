@@ -1,9 +1,10 @@
 import json
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
 
-from llm.config import OWNER, SECTIONS, ConfigError, batch_plan, interval_steps, load_config
+from llm.config import OWNER, SECTIONS, ConfigError, EngineConfig, batch_plan, interval_steps, load_config
 
 FLAT = dict(
     model_name="custom", n_layers=2, d_model=64, n_heads=4, d_ff=128, seq_len=32, tokenizer_path="t", data_path="d", lr=1e-3, batch_size=2
@@ -56,6 +57,27 @@ def test_the_run_is_named_for_its_file_unless_told(tmp_path):
 def test_overrides_reach_nested_and_flat_names(tmp_path):
     cfg = load_config(config_file(tmp_path), ["train.lr=3e-4", "zero_stage=2", "clip_norm=null", "eval_every=25%"])
     assert (cfg.train.lr, cfg.engine.zero_stage, cfg.train.clip_norm, cfg.train.eval_every) == (3e-4, 2, None, "25%")
+
+
+def test_activation_checkpointing_is_a_share_of_the_blocks_and_true_or_false_are_all_or_none(tmp_path):
+    (tmp_path / "run.yaml").write_text(config_file(tmp_path, activation_checkpointing=True).read_text())
+    assert load_config(tmp_path / "run.yaml").engine.recomputed_blocks(2) == [0, 1]
+    for word, blocks in (("true", 4), ("false", 0), ("0.5", 2), ("1", 4), ("0", 0), ("0.26", 1), ("1e-1", 0)):
+        engine = load_config(tmp_path / "run.yaml", [f"engine.activation_checkpointing={word}"]).engine
+        assert len(engine.recomputed_blocks(4)) == blocks, word
+    for wrong, words in ((1.5, "less than or equal to 1"), (12, "less than or equal to 1"), (-0.5, "greater than or equal to 0"), ("some", "number")):
+        message = refused(tmp_path, activation_checkpointing=wrong)
+        assert f"engine.activation_checkpointing is {wrong!r}, but should be" in message and words in message
+
+
+def test_recomputed_blocks_are_spread_evenly_and_the_last_is_among_them_only_with_all_others():
+    assert EngineConfig(activation_checkpointing=0.5).recomputed_blocks(6) == [0, 2, 4]
+    for n_layers, blocks in ((n, k) for n in range(1, 130) for k in range(n + 1)):
+        found = EngineConfig(activation_checkpointing=blocks / n_layers).recomputed_blocks(n_layers)
+        assert len(found) == blocks and (n_layers - 1 in found) == (blocks == n_layers)
+        kept = sorted(set(range(n_layers)) - set(found))
+        gaps = {after - before for before, after in pairwise([-1, *kept])}  # the last kept block ends the row
+        assert not gaps or max(gaps) - min(gaps) <= 1, (n_layers, blocks, found)
 
 
 def test_every_problem_of_a_file_is_listed_at_once_with_its_value(tmp_path):

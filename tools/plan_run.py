@@ -89,7 +89,7 @@ def _plan(cfg, data, gpu: str, ranks: int, mfu: float, args, mfu_is_measured: bo
     cluster = cut.cluster_of(gpu, ranks, args.gpus_per_node, network)
     everything = cut.candidates(cfg, cluster, mfu)
     configured = cut.as_configured(cfg, everything)
-    best, rows = cut.fastest(everything, configured), cut.best_of_each_kind(everything)
+    best, rows = cut.fastest(everything, configured), cut.best_of_each_row(everything)
     rows = [c for c in dict.fromkeys((configured, best)) if c and c not in rows] + rows
     what = f"{ranks} x {gpu}" if gpu != "cpu" else f"{ranks} process{'es' * (ranks > 1)} on this machine's cpu"
     result(f"\n{what}, GiB on each (c: as the config says, >: fits and is fastest, !: does not fit)")

@@ -11,10 +11,10 @@ from llm.model.loss import take_loss_
 
 
 def wrap_model(model: nn.Module, cfg: EngineConfig, world_size: int) -> None:
-    """Checkpoint and compile `model` in place; names of parameters stay."""
-    if cfg.activation_checkpointing:
-        for block in model.blocks:
-            block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
+    """Checkpoint a share of the blocks and compile `model`, in place; names of parameters stay."""
+    for i in cfg.recomputed_blocks(len(model.blocks)):
+        block = model.blocks[i]
+        block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if not cfg.compile:
         return
     model.head.take_loss = torch.compile(take_loss_, fullgraph=True, dynamic=False)

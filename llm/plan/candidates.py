@@ -1,8 +1,10 @@
 """Every way to cut a run over ranks, with its memory and the time of its step; and which of them to take."""
 
+from bisect import bisect_left
 from collections.abc import Iterator
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, partial
+from itertools import product
 
 from llm.config import BatchPlan, ConfigError, RunConfig, batch_plan, smaller_rows
 from llm.model.flops import count_params, flops_per_token
@@ -44,17 +46,26 @@ class Candidate:
         return self.plan.tokens / self.time.total
 
     @property
-    def kind(self) -> tuple[int, bool, bool]:
-        """What is told apart on the screen: stage, activation checkpointing, offload."""
-        engine = self.cfg.engine
-        return engine.zero_stage, engine.activation_checkpointing, engine.offload
+    def row(self) -> tuple[int, bool]:
+        """What is told apart on the screen: stage, offload."""
+        return self.cfg.engine.zero_stage, self.cfg.engine.offload
+
+    @property
+    def again(self) -> int:
+        """Blocks that are computed again in the backward pass."""
+        return len(self.cfg.engine.recomputed_blocks(self.cfg.model.n_layers))
+
+    @property
+    def share(self) -> str:
+        """engine.activation_checkpointing as it is written down: rounded, but not so far that it would be another number of blocks."""
+        return f"{round(self.again / self.cfg.model.n_layers, 3):g}"
 
 
 def step_flops_per_token(cfg: RunConfig) -> float:
-    """FLOPs of a training step for one token, with the blocks' second forward pass where activations are not kept."""
+    """FLOPs of a training step for one token, with the second forward pass of the blocks that do not keep their activations."""
     flops = flops_per_token(cfg.model)
     blocks = flops - 6 * cfg.model.vocab_size * cfg.model.d_model
-    return flops + (blocks / 3 if cfg.engine.activation_checkpointing else 0)
+    return flops + blocks / 3 * len(cfg.engine.recomputed_blocks(cfg.model.n_layers)) / cfg.model.n_layers
 
 
 def tensor_count(cfg: RunConfig) -> int:
@@ -79,14 +90,18 @@ def global_rows(cfg: RunConfig, ranks: int) -> int:
 
 
 def candidates(cfg: RunConfig, cluster: Cluster, mfu: float, offload: bool | None = None) -> list[Candidate]:
-    """All stages, micro-batches that divide the global batch, activation checkpointing off and on; with `offload` instead of the config's."""
+    """All stages and micro-batches that divide the global batch, with as little activation checkpointing as fits and with the config's own; with
+    `offload` instead of the config's."""
     rows, offload = global_rows(cfg, cluster.ranks), cfg.engine.offload if offload is None else offload
     stages = [s for s in range(4) if (s or not offload) and (cluster.ranks > 1 or offload or s in (0, cfg.engine.zero_stage))]
-    each = rows // cluster.ranks
-    return [
-        candidate(cfg, cluster, mfu, rows, micro_rows, zero_stage=stage, activation_checkpointing=again, offload=offload)
-        for stage in stages for again in (False, True) for micro_rows in range(1, each + 1) if each % micro_rows == 0
-    ]  # fmt: skip
+    each, n_layers = rows // cluster.ranks, cfg.model.n_layers
+    own, found = len(cfg.engine.recomputed_blocks(n_layers)), []
+    for stage, micro_rows in product(stages, (n for n in range(1, each + 1) if each % n == 0)):
+        cut = partial(candidate, cfg, cluster, mfu, rows, micro_rows, zero_stage=stage, offload=offload)
+        # each block more takes less memory, but for the last
+        needed = bisect_left(range(n_layers), True, key=lambda blocks, cut=cut: cut(activation_checkpointing=blocks / n_layers).fits)
+        found += [cut(activation_checkpointing=blocks / n_layers) for blocks in sorted({needed, own})]
+    return found
 
 
 def candidate(cfg: RunConfig, cluster: Cluster, mfu: float, rows: int, micro_rows: int, **engine) -> Candidate:
@@ -98,20 +113,21 @@ def candidate(cfg: RunConfig, cluster: Cluster, mfu: float, rows: int, micro_row
 def as_configured(cfg: RunConfig, found: list[Candidate]) -> Candidate | None:
     """The config as it is, among the candidates, with train.batch_size: auto as training would settle it if the plan is right; None where its
     micro-batch does not divide what the ranks share, or where training could not try sizes out."""
-    kind, rows = (cfg.engine.zero_stage, cfg.engine.activation_checkpointing, cfg.engine.offload), cfg.train.batch_size
-    of_rows = {c.plan.micro_rows: c for c in found if c.kind == kind}
+    row, rows = (cfg.engine.zero_stage, cfg.engine.offload), cfg.train.batch_size
+    again = len(cfg.engine.recomputed_blocks(cfg.model.n_layers))
+    of_rows = {c.plan.micro_rows: c for c in found if (c.row, c.again) == (row, again)}
     if rows == "auto" and of_rows:
         plan = batch_plan(cfg, found[0].cluster.ranks)
-        rows = None if cfg.engine.zero_stage == 3 and plan.ranks > 1 else plan.micro_rows
+        rows = None if cfg.engine.zero_stage == 3 else plan.micro_rows
         while rows and rows > 1 and not of_rows[rows].fits:
             rows = smaller_rows(plan.rank_rows, rows)
     return of_rows.get(rows)
 
 
-def best_of_each_kind(found: list[Candidate]) -> list[Candidate]:
-    """Of each stage, with and without checkpointing, the fastest micro-batch that fits, or the smallest where none does."""
-    kinds = {c.kind: [d for d in found if d.kind == c.kind] for c in found}
-    return [fastest(of_kind) or min(of_kind, key=lambda c: c.memory.total) for of_kind in kinds.values()]
+def best_of_each_row(found: list[Candidate]) -> list[Candidate]:
+    """Of each stage the fastest that fits, or the smallest where none does."""
+    rows = {c.row: [d for d in found if d.row == c.row] for c in found}
+    return [fastest(of_row) or min(of_row, key=lambda c: c.memory.total) for of_row in rows.values()]
 
 
 def fastest(found: list[Candidate], configured: Candidate | None = None) -> Candidate | None:
@@ -123,7 +139,7 @@ def fastest(found: list[Candidate], configured: Candidate | None = None) -> Cand
     limit = AS_FAST * min(c.time.total for c in fitting)
     if configured in fitting and configured.time.total <= limit:
         return configured
-    return min((c for c in fitting if c.time.total <= limit), key=lambda c: (c.kind, -c.plan.micro_rows))
+    return min((c for c in fitting if c.time.total <= limit), key=lambda c: (c.row, c.again, -c.plan.micro_rows))
 
 
 def what_would_fit(cfg: RunConfig, cluster: Cluster, mfu: float) -> Iterator[str]:
@@ -143,6 +159,6 @@ def what_would_fit(cfg: RunConfig, cluster: Cluster, mfu: float) -> Iterator[str
             continue
         if found:
             told.add(group)
-            stage, again, _ = found.kind
+            again = f", engine.activation_checkpointing={found.share}" if found.again else ""
             host = f", and {found.memory.host * min(n, cluster.per_node) / 2**30:,.0f} GiB of host memory a machine" if offload else ""
-            yield f"{text}: ZeRO-{stage}{', activation checkpointing' if again else ''}, train.batch_size={found.plan.micro_rows}{host}"
+            yield f"{text}: ZeRO-{found.row[0]}{again}, train.batch_size={found.plan.micro_rows}{host}"

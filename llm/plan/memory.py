@@ -76,9 +76,9 @@ def kept_bytes(cfg: RunConfig, device: str) -> int:
     m, engine = cfg.model, cfg.engine
     tokens = cfg.train.batch_size * m.seq_len
     outside = tokens * (_norm_bytes(m, engine, device) + 8) + _head_gradients(m, tokens)  # the last norm, ids
-    if engine.activation_checkpointing:
-        return tokens * m.n_layers * 4 * m.d_model + outside
-    return tokens * m.n_layers * block_bytes(m, engine, device) + outside + m.n_layers * _mask_bytes(cfg) + _copy_bytes(engine) * _block_weights(m)
+    again = len(engine.recomputed_blocks(m.n_layers))  # keep their input alone
+    block = tokens * block_bytes(m, engine, device) + _mask_bytes(cfg) + _copy_bytes(engine) * _block_weights(m)
+    return again * tokens * 4 * m.d_model + (m.n_layers - again) * block + outside
 
 
 def _head_gradients(m: ModelConfig, tokens: int) -> int:
@@ -87,7 +87,8 @@ def _head_gradients(m: ModelConfig, tokens: int) -> int:
 
 
 def _block_weights(m: ModelConfig) -> int:
-    return matmul_weights(m) - m.vocab_size * m.d_model
+    """Of the maps of one block."""
+    return (matmul_weights(m) - m.vocab_size * m.d_model) // m.n_layers
 
 
 def _keys(m: ModelConfig) -> int:
@@ -105,8 +106,7 @@ def block_bytes(m: ModelConfig, engine: EngineConfig, device: str) -> int:
     mlp = m.d_ff * c * (2 if m.mlp == "gelu" else 3 if fused else 4)
     turned = m.positions == "rope" or m.qk_norm
     if m.attention == "eager":
-        probabilities = m.n_heads * _keys(m) * (4 if fused or c == 4 else 6)
-        attention = 4 * c * q + probabilities + (c * (q + 2 * kv) if m.qk_norm and (device == "cuda" or c == 4) else 0)
+        attention = 5 * c * q + c * m.n_heads * _keys(m) + (c * (q + 2 * kv) if m.qk_norm and (device == "cuda" or c == 4) else 0)
     else:  # v is a view of qkv, so all of it stays; q and k are other tensors once they were turned or normalised
         attention = c * (q + 2 * kv) + (c * (q + kv) if turned else 0) + c * q + 4 * m.n_heads
     if m.qk_norm and device == "cpu" and not fused:
@@ -135,11 +135,9 @@ def _norm_bytes(m: ModelConfig, engine: EngineConfig, device: str) -> int:
 
 
 def _mask_bytes(cfg: RunConfig) -> int:
-    """Of one block and micro-batch: eager attention keeps its mask as booleans, SDPA as numbers where it needs one."""
+    """Of one block and micro-batch: eager attention keeps no mask, SDPA one of numbers where it needs one."""
     m, rows = cfg.model, cfg.train.batch_size if cfg.data.document_mask else 1
-    if m.attention == "eager":
-        return rows * m.seq_len * _keys(m)
-    needed = cfg.data.document_mask or (m.sliding_window or m.seq_len) < m.seq_len
+    needed = m.attention != "eager" and (cfg.data.document_mask or (m.sliding_window or m.seq_len) < m.seq_len)
     return rows * m.seq_len**2 * _compute_bytes(cfg.engine) if needed else 0
 
 
@@ -158,24 +156,25 @@ def _head_workspace(cfg: RunConfig, tokens: int, device: str) -> int:
     weight, hidden = m.vocab_size * m.d_model, tokens * m.d_model
     n_chunks = -(-tokens * m.vocab_size // most)
     chunk, sums = tokens * m.vocab_size // n_chunks, 4 * weight * (n_chunks > 1)
-    loss = 0 if cfg.engine.compile else 4 * min(chunk, of_slice) * (3 if m.logit_softcap or device == "cpu" else 2)
-    return c * chunk + (4 + c) * hidden + 2 * weight + max(6 * weight, sums + loss, 4 * weight + (4 + c) * hidden)
+    loss = 0 if cfg.engine.compile else 4 * min(chunk, of_slice) * (4 if m.logit_softcap else 2)
+    return c * chunk + (4 + 2 * c) * hidden + 2 * weight + max(6 * weight, sums + loss)
 
 
 def _cached_copies(cfg: RunConfig) -> int:
-    """With checkpointing nothing but autocast's cache holds the blocks' bf16 weights, to the end of the forward pass; compiled blocks bypass it."""
+    """Nothing but autocast's cache holds the bf16 weights of blocks that are computed again, to the end of the forward pass; compiled ones
+    bypass it."""
     engine, m = cfg.engine, cfg.model
-    if not engine.activation_checkpointing or engine.compile:
-        return 0
-    return _copy_bytes(engine) * _block_weights(m)
+    return 0 if engine.compile else len(engine.recomputed_blocks(m.n_layers)) * _copy_bytes(engine) * _block_weights(m)
 
 
 def _block_workspace(m: ModelConfig, engine: EngineConfig, tokens: int, device: str) -> int:
-    """What the backward pass of one block adds: gradients of its widest tensors, and with checkpointing the block's own activations again."""
+    """What the backward pass of the last block adds: gradients of its widest tensors, and its own activations where it computes them again. Another
+    block that does so finds room: the last has gone by then."""
     c, block = _compute_bytes(engine), block_bytes(m, engine, device)
-    in_mlp, in_softmax = block + 5 * c * m.d_ff, 14 * m.n_heads * min(EAGER_QUERIES, m.seq_len) if m.attention == "eager" else 0
-    again = _copy_bytes(engine) * _block_weights(m) // m.n_layers if engine.activation_checkpointing else 0
-    return tokens * (max(in_mlp, in_softmax) + 12 * m.d_model - (0 if engine.activation_checkpointing else block)) + again
+    in_mlp, in_softmax = block + 5 * c * m.d_ff, (4 + 2 * c) * m.n_heads * min(EAGER_QUERIES, m.seq_len) if m.attention == "eager" else 0
+    again = m.n_layers - 1 in engine.recomputed_blocks(m.n_layers)
+    own = _copy_bytes(engine) * _block_weights(m) if again else -tokens * block  # they are among what is kept
+    return tokens * (max(in_mlp, in_softmax) + 12 * m.d_model) + own
 
 
 # ---------------------------------------------------------------- ranks
@@ -189,7 +188,7 @@ def _standing_buffers(cfg: RunConfig, ranks: int, params: int, device: str) -> i
 
 def _gathered_elements(m: ModelConfig, params: int) -> int:
     """Weights that ZeRO-3 has whole on each rank when the forward pass ends: what is small, and what the backward pass needs soon."""
-    return min(params, Z3_REUSE_ELEMENTS // 2 + _prefetched_elements() + _block_weights(m) // m.n_layers)
+    return min(params, Z3_REUSE_ELEMENTS // 2 + _prefetched_elements() + _block_weights(m))
 
 
 @cache

@@ -25,12 +25,12 @@ def table(rows: list[Candidate], best: Candidate | None, configured: Candidate |
     """Memory in GiB and speed of each row; > is the one to take, c the config as it is."""
     device = rows[0].cluster.device
     numbers = "".join(f"{head:>9}" for head in HEADS)
-    lines = [f"   ZeRO ckpt rows x acc{numbers}    total  of {device.usable / GIB:.1f}   s/step   tokens/s   comm."]
+    lines = [f"   ZeRO  ckpt rows x acc{numbers}    total  of {device.usable / GIB:.1f}   s/step   tokens/s   comm."]
     return lines + [_row(c, mark=(">" if c is best else " ") + ("c" if c is configured else " ")) for c in rows]
 
 
 def _row(c: Candidate, mark: str) -> str:
-    stage, again, offload = c.kind
+    stage, offload = c.row
     parts = "".join(f"{getattr(c.memory, kind) / GIB:9.2f}" for kind in KINDS)
     share = c.memory.total / c.cluster.device.usable
     verdict = f"{share:6.0%}  " if c.fits else f"{share:6.0%} !"
@@ -38,15 +38,15 @@ def _row(c: Candidate, mark: str) -> str:
     speed = f"{seconds} {c.tokens_per_s:10,.0f} {c.time.communication_share:6.1%}"
     name = f"{stage}{'+off' if offload else ''}"
     batch = f"{c.plan.micro_rows:4} x {c.plan.accumulation:<4}"
-    return f"{mark} {name:>5} {'on' if again else 'off':>4} {batch}{parts}{c.memory.total / GIB:9.2f}{verdict} {speed}"
+    return f"{mark} {name:>5} {c.share:>5} {batch}{parts}{c.memory.total / GIB:9.2f}{verdict} {speed}"
 
 
 def run_lines(c: Candidate, work: Work, disk: Disk, hours_a_day: float | None, price: float | None) -> list[str]:
     """The whole run with this row: hours, sittings, money, disk."""
     hours = run_hours(c, work)
     ranks = c.cluster.ranks
-    stage, again, offload = c.kind
-    flags = f"engine.zero_stage={stage} train.batch_size={c.plan.micro_rows} engine.activation_checkpointing={str(again).lower()}"
+    stage, offload = c.row
+    flags = f"engine.zero_stage={stage} train.batch_size={c.plan.micro_rows} engine.activation_checkpointing={c.share}"
     text = f"{span(hours)} for {work.steps:,} steps of {c.plan.tokens:,} tokens, {_amount(work.tokens)} in all"
     passes = f", {work.passes:.2f} passes over the data" if work.passes else ""
     cost = f", {hours * ranks * price:,.2f} at {price:g} an hour" if price else ""
@@ -97,9 +97,10 @@ def measured_lines(predicted: Memory, counted: dict) -> list[str]:
 
 
 def as_data(c: Candidate) -> dict:
-    stage, again, offload = c.kind
+    stage, offload = c.row
     return {
-        "device": c.cluster.device.name, "ranks": c.cluster.ranks, "zero_stage": stage, "activation_checkpointing": again, "offload": offload,
+        "device": c.cluster.device.name, "ranks": c.cluster.ranks, "zero_stage": stage, "offload": offload,
+        "activation_checkpointing": c.cfg.engine.activation_checkpointing,
         "micro_rows": c.plan.micro_rows, "accumulation": c.plan.accumulation, "tokens_per_step": c.plan.tokens, "fits": c.fits,
         "bytes": asdict(c.memory) | {"total": c.memory.total, "usable": c.cluster.device.usable},
         "step_seconds": asdict(c.time) | {"total": c.time.total}, "tokens_per_s": c.tokens_per_s,

@@ -84,7 +84,7 @@ def test_batch_size_auto_is_planned_as_training_would_settle_it_and_said(tmp_pat
     cfg = load_config(ROOT / "configs" / "gpt-1b.yaml", ["zero_stage=0", *words])
     found = cut.candidates(cfg, cut.cluster_of("h100", 1, 8), 0.4)
     mine = cut.as_configured(cfg, found)
-    twice = next(c for c in found if c.kind == mine.kind and c.plan.micro_rows == 2 * mine.plan.micro_rows)
+    twice = next(c for c in found if (c.row, c.again) == (mine.row, mine.again) and c.plan.micro_rows == 2 * mine.plan.micro_rows)
     assert mine.fits and not twice.fits
     assert f"train.batch_size: auto would be {mine.plan.micro_rows}\n" in screen
     sharded = load_config(ROOT / "configs" / "gpt-1b.yaml", ["zero_stage=3", *words])
@@ -143,5 +143,42 @@ def test_a_micro_batch_of_the_config_that_is_as_fast_as_any_is_kept(tmp_path):
     found = cut.candidates(cfg, cut.cluster_of("h200", 8, 8), 0.4)
     mine = cut.as_configured(cfg, found)
     assert cut.fastest(found, mine) is mine
-    slow = next(c for c in found if c.fits and c.kind[1])  # checkpointing costs a third
-    assert cut.fastest(found, slow) is not slow
+    again = load_config(ROOT / "configs" / "gpt-1b.yaml", ["activation_checkpointing=true"])  # costs a third
+    found = cut.candidates(again, cut.cluster_of("h200", 8, 8), 0.4)
+    slow = cut.as_configured(again, found)
+    assert slow.fits and cut.fastest(found, slow) is not slow
+
+
+def test_no_more_blocks_are_computed_again_than_must_be_and_each_costs_the_same_time():
+    cfg = load_config(ROOT / "configs" / "llama-3-8b.yaml")
+    cluster, n_layers = cut.cluster_of("h100", 8, 8), cfg.model.n_layers
+
+    def with_blocks(c: cut.Candidate, blocks: int) -> cut.Candidate:
+        stage, offload = c.row
+        share = {"activation_checkpointing": blocks / n_layers, "zero_stage": stage, "offload": offload}
+        return cut.candidate(cfg, cluster, c.mfu, c.plan.global_rows, c.plan.micro_rows, **share)
+
+    partly = [c for c in cut.candidates(cfg, cluster, 0.4) if c.fits and 0 < c.again < n_layers]
+    assert len({c.row for c in partly}) == 2  # ZeRO-2 and 3
+    for c in partly:
+        assert not with_blocks(c, c.again - 1).fits
+        none, all_ = (with_blocks(c, blocks).time.compute for blocks in (0, n_layers))
+        assert c.time.compute - none == pytest.approx((all_ - none) * c.again / n_layers)
+        assert all_ == pytest.approx(none * 4 / 3, rel=0.03)  # the head is not computed again
+
+
+def test_the_screen_has_one_row_a_stage_beside_the_configs(tmp_path):
+    _, screen = planned(tmp_path, "--model", "llama-3-8b", "--gpus", 8, "--gpu", "h100", "batch_size=16")
+    table = screen.partition("ZeRO")[2].partition("take:")[0].splitlines()[1:]
+    rows = [(line[:2], *line[2:14].split()) for line in table]
+    assert [(mark, stage) for mark, stage, _ in rows] == [(" c", "3"), ("  ", "0"), ("  ", "1"), ("  ", "2"), ("> ", "3")]
+    assert 0 < float(rows[3][2]) < 1 == float(rows[1][2])  # ZeRO-2 fits with a part of the blocks, stage 0 not even with all
+
+
+@pytest.mark.parametrize("n_layers", [1, 22, 32, 126, 200])
+def test_the_share_that_is_told_means_as_many_blocks_as_were_planned(n_layers):
+    cfg = load_config(ROOT / "configs" / "toy.yaml", [f"n_layers={n_layers}"])
+    for blocks in range(n_layers + 1):
+        share = cut.candidate(cfg, cut.cluster_of("h100", 1, 8), 0.4, 8, 1, activation_checkpointing=blocks / n_layers).share
+        assert len(share) <= 5
+        assert len(load_config(ROOT / "configs" / "toy.yaml", [f"activation_checkpointing={share}"]).engine.recomputed_blocks(n_layers)) == blocks
