@@ -182,10 +182,36 @@ def initialize(cfg: RunConfig, world: World, model: nn.Module, optimizer: torch.
     config = load_ds_config(cfg, world, sum(p.numel() for p in model.parameters()))
     if cfg.engine.zero_stage == 3:  # whole blocks are gathered, not their layers one by one: fewer hooks, none inside a compiled block
         deepspeed.utils.set_z3_leaf_modules(model, list({type(block) for block in model.blocks}))
+        if cfg.engine.compile:
+            deepspeed.runtime.zero.linear.LinearFunctionForZeroStage3 = _Linear
     try:
         return deepspeed.initialize(model=model, optimizer=optimizer, config=config, dist_init_required=False)[0]
     except ValueError as error:  # pydantic's is one as well
         raise EngineError(f"DeepSpeed {deepspeed.__version__} refuses {ds_config_path(cfg.engine)}: {error}") from error
+
+
+class _Linear(torch.autograd.Function):
+    """DeepSpeed's linear map for stage 3, which keeps the weight itself and no view of it that would hold its memory, fit to be compiled.
+
+    Its own adds the bias in place, for which torch 2.11 compiles gradients of zero without a word; `y.to(y.dtype)` would do the same.
+    It also asks whether the weight is gathered, which those of leaf modules are, by its ds_id: torch 2.11 and 2.12 compile each block
+    anew for that, and give up after eight.
+    """
+
+    @staticmethod
+    def forward(ctx, x, weight, bias=None):
+        device = x.device.type
+        ctx.autocast = torch.get_autocast_dtype(device) if torch.is_autocast_enabled(device) else None
+        ctx.save_for_backward(x, weight, bias)
+        y = x @ weight.T
+        return y if bias is None else y + bias.to(y.dtype)
+
+    @staticmethod
+    def backward(ctx, grad):
+        x, weight, bias = ctx.saved_tensors
+        with torch.autocast(grad.device.type, ctx.autocast, enabled=ctx.autocast is not None):
+            grad_NM, x_NK = grad.flatten(0, -2), x.flatten(0, -2)
+            return grad @ weight, grad_NM.T @ x_NK, None if bias is None else grad_NM.sum(dim=0)
 
 
 # ---------------------------------------------------------------- the start-up check
