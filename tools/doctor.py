@@ -9,7 +9,7 @@ Without a launcher it starts two ranks here, or one for each GPU. Exit codes: 0 
 """
 
 import json
-import sys
+import os
 import time
 from collections import Counter
 from dataclasses import asdict
@@ -35,6 +35,9 @@ def main() -> int:
     if unknown := names.difference(ALONE, TOGETHER):
         raise UserError(f"--only {', '.join(sorted(unknown))}: what can be looked at is {', '.join(ALONE + TOGETHER)}.")
     folder = Path(args.folder) if args.folder else cfg.run_folder if cfg else Path("checkpoints")
+    if args.json:  # gloo of torch 2.10 greets on standard output, from C++: that goes to standard error
+        out = os.fdopen(os.dup(1), "w")
+        os.dup2(2, 1)
     lines = []
     for line in visit(Subject(cfg, folder, names), args.ranks, args.peer):
         lines.append(line)
@@ -42,7 +45,7 @@ def main() -> int:
             (log.info if line.status == "ok" else result)(_text(line))
     count = Counter(line.status for line in lines)
     if args.json and lines:
-        sys.stdout.write(json.dumps([asdict(line) for line in lines], indent=1) + "\n")
+        print(json.dumps([asdict(line) for line in lines], indent=1), file=out, flush=True)
     elif lines:
         result(f"\n{count['ok']} ok, {count['warn']} warn, {count['fail']} fail, in {time.monotonic() - STARTED_AT:.0f} s")
     return 1 if count["fail"] else 0
