@@ -122,7 +122,7 @@ def model_inputs(batch: Batch, device: str, varlen: bool = False) -> dict[str, t
     if varlen and batch.doc_ids_BT is not None:
         given["doc_starts"] = document_starts(batch.doc_ids_BT)
     # from page-locked memory, or a GPU's host would wait for each copy
-    lock = torch.Tensor.pin_memory if device.startswith("cuda") else lambda tensor: tensor
+    lock = torch.Tensor.pin_memory if torch.device(device).type == "cuda" else lambda tensor: tensor
     return {name: lock(tensor).to(device, non_blocking=True) for name, tensor in given.items() if tensor is not None}
 
 
