@@ -5,7 +5,7 @@
 #   docker run --rm -it -v "$PWD/data:/tally/data" -v "$PWD/checkpoints:/tally/checkpoints" tally python launch/train.py --config configs/toy.yaml
 #   docker run --gpus all --shm-size 8g ...                                              for GPUs: NCCL talks through shared memory
 #
-# The base must have apt and Python 3.10 or newer; a CUDA base must be a -devel one, for DeepSpeed looks for nvcc.
+# The base must have apt and Python 3.11 or newer; a CUDA base must be a -devel one, for DeepSpeed looks for nvcc.
 ARG BASE=ubuntu:24.04
 FROM ${BASE}
 

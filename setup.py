@@ -23,7 +23,7 @@ setup(
     long_description=Path("README.md").read_text(encoding="utf-8"),
     long_description_content_type="text/markdown",
     license="Apache-2.0",
-    python_requires=">=3.10",
+    python_requires=">=3.11",
     packages=[*find_packages(include=["llm", "llm.*"]), *inside],
     package_dir=inside,
     package_data={"llm.chat": ["web/*"], "llm.report": ["page.css"], "llm.configs": ["*.yaml"], "llm.ds_configs": ["*.json"]},

@@ -21,8 +21,8 @@ OPEN_FILES = 4096
 
 
 def python() -> Line:
-    old = sys.version_info < (3, 10)
-    return Line("python", FAIL if old else OK, f"{platform.python_version()}, {sys.executable}", "Tally needs 3.10 or newer.")
+    old = sys.version_info < (3, 11)
+    return Line("python", FAIL if old else OK, f"{platform.python_version()}, {sys.executable}", "Tally needs 3.11 or newer.")
 
 
 def torch() -> Line:
