@@ -22,7 +22,7 @@ from llm.engine.process import keep_freed_memory
 from llm.model import products
 from llm.model.attention import ATTENTION
 from llm.model.layers import RMSNorm
-from llm.model.loss import take_loss_, take_loss_in_slices_
+from llm.model.loss import take_loss, take_loss_in_slices
 
 ROWS_OF_LOGITS = 1024
 
@@ -115,7 +115,7 @@ def parts(m: ModelConfig, batch: int, dtype: torch.dtype, compiled: bool):
             yield f"attention: {name}{form}", (flops, lambda attend=attend: torch.autograd.grad(attend(*qkv), qkv, y_grad))
         wrapped = wrap(norm)
         yield f"RMSNorm, elements{form}", (x.numel(), lambda wrapped=wrapped: torch.autograd.grad(wrapped(x).sum(), [x, norm.weight]))
-        loss = wrap(take_loss_) if form else take_loss_in_slices_
+        loss = wrap(take_loss) if form else take_loss_in_slices
         yield f"loss and its gradient, elements{form}", (logits.numel(), lambda loss=loss: loss(logits, targets, 0.0, None, True))
 
 

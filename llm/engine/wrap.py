@@ -7,7 +7,7 @@ from torch import nn
 from torch.utils.checkpoint import checkpoint
 
 from llm.config import EngineConfig
-from llm.model.loss import take_loss_
+from llm.model.loss import take_loss
 
 
 def wrap_model(model: nn.Module, cfg: EngineConfig, world_size: int) -> None:
@@ -17,7 +17,7 @@ def wrap_model(model: nn.Module, cfg: EngineConfig, world_size: int) -> None:
         block.forward = functools.partial(checkpoint, block.forward, use_reentrant=False)
     if not cfg.compile:
         return
-    model.head.take_loss = torch.compile(take_loss_, fullgraph=True, dynamic=False)
+    model.head.take_loss = torch.compile(take_loss, fullgraph=True, dynamic=False)
     if world_size == 1 and cfg.zero_stage == 0:
         model.hidden = torch.compile(model.hidden, fullgraph=True, dynamic=False)  # nobody waits for gradients: one graph is fastest
         return

@@ -1,7 +1,7 @@
 """The head and its cross-entropy in one, some rows at a time: logits of all rows never exist.
 
 At V 32k they would be the largest tensor of a step by far. Of a chunk of rows the logits are made, read for the loss in slices that stay
-in the cache, and written over by their own gradient, which goes on into the gradients of hidden states and weight at once: so the forward
+in the cache, and followed by their own gradient, which goes on into the gradients of hidden states and weight at once: so the forward
 pass does all the work, each exponential is taken once, and the backward pass only scales. What scales a whole row of that gradient, the
 softmax's denominator among it, is left to the rows of hidden states, which are far shorter.
 """
@@ -25,7 +25,7 @@ class Head(Linear):
     def __init__(self, cfg: ModelConfig):
         super().__init__(cfg.d_model, cfg.vocab_size, bias=cfg.head_bias)
         self.softcap, self.packed = cfg.logit_softcap, None
-        self.take_loss = take_loss_in_slices_  # or take_loss_ compiled, which needs no slices
+        self.take_loss = take_loss_in_slices  # or take_loss compiled, which needs no slices
 
     def forward(self, x: Tensor, targets_BT: Tensor | None = None, z_loss: float = 0.0) -> Tensor:
         """Logits along the last axis of x; or the fp32 sum of cross-entropy over the targets that are not -100.
@@ -55,9 +55,9 @@ class _HeadLoss(torch.autograd.Function):
             for rows, grads, targets in zip(*(whole.chunk(n_chunks) for whole in (x_ND, x_grad_ND, targets_N)), strict=True):
                 x = rows.to(dtype)
                 logits = linear(x, weight, bias)
-                chunk_loss, scales_N1 = head.take_loss(logits, targets, z_loss, head.softcap, learns)
+                chunk_loss, logits, scales_N1 = head.take_loss(logits, targets, z_loss, head.softcap, learns)
                 total += chunk_loss
-                if learns:
+                if learns:  # logits are their gradient now, and the old ones gone
                     torch.mul(times_transposed(logits, weight.T), scales_N1, out=grads)
                     weight_grad = _plus(weight_grad, weight_gradient(logits, (x * scales_N1).to(dtype)))
                     bias_grad = _plus(bias_grad, (logits.float() * scales_N1).sum(dim=0)) if bias_V is not None else None
@@ -72,21 +72,26 @@ class _HeadLoss(torch.autograd.Function):
         return *(g if g is None else g.mul_(scale) for g in ctx.saved_tensors), None, None, None, None
 
 
-def take_loss_(logits_NV: Tensor, targets_N: Tensor, z_loss: float, softcap: float | None, learns: bool) -> tuple[Tensor, Tensor]:
-    """(summed loss of these rows in fp32, from logits of any dtype; scales_N1): if it learns, the logits become their own gradient by these."""
+def take_loss(logits_NV: Tensor, targets_N: Tensor, z_loss: float, softcap: float | None, learns: bool) -> tuple[Tensor, Tensor, Tensor]:
+    """(summed loss of these rows in fp32, grads_NV, scales_N1), from logits of any dtype: if it learns, grads * scales is the logits' gradient;
+    compiled the grads are of the logits' dtype, else in fp32.
+
+    Not in place: inductor would make the gradient beside the logits all the same, and then copy it over them.
+    """
     bent_NV = logits_NV if softcap is None else softcap * torch.tanh(logits_NV.float() / softcap)
     is_counted_N1, at_N1 = (targets_N != IGNORE)[:, None], targets_N.clamp(min=0)[:, None]
     exps_NV, sums_N1, log_z_N1 = _exponentials(bent_NV, logits_NV.dtype)
     at_target_N1 = bent_NV.gather(1, at_N1).float()
     losses_N1 = log_z_N1 - at_target_N1 + z_loss * log_z_N1.square()
     weights_N1 = 1 + 2 * z_loss * log_z_N1
+    grads_NV = logits_NV
     if learns:
         target_grads_N1 = ((at_target_N1 - log_z_N1).exp() - weights_N1.reciprocal()) * sums_N1
         if softcap is not None:
-            exps_NV = exps_NV * (1 - (bent_NV / softcap).square())
+            exps_NV = (exps_NV * (1 - (bent_NV / softcap).square())).to(exps_NV.dtype)
             target_grads_N1 = target_grads_N1 * (1 - (at_target_N1 / softcap).square())
-        logits_NV.copy_(exps_NV).scatter_(1, at_N1, target_grads_N1.to(logits_NV.dtype))
-    return losses_N1.masked_fill(~is_counted_N1, 0.0).sum(), weights_N1 / sums_N1 * is_counted_N1
+        grads_NV = exps_NV.scatter_(1, at_N1, target_grads_N1.to(exps_NV.dtype))
+    return losses_N1.masked_fill(~is_counted_N1, 0.0).sum(), grads_NV, weights_N1 / sums_N1 * is_counted_N1
 
 
 def _exponentials(logits_NV: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor, Tensor]:
@@ -101,11 +106,16 @@ def _exponentials(logits_NV: Tensor, dtype: torch.dtype) -> tuple[Tensor, Tensor
     return probs_NV, torch.ones_like(highest_N1), highest_N1 - probs_NV.amax(dim=-1, keepdim=True).log()
 
 
-def take_loss_in_slices_(logits_NV: Tensor, targets_N: Tensor, *how) -> tuple[Tensor, Tensor]:
-    """take_loss_, so few rows at a time that what one operation writes is still in the cache when the next one reads it."""
+def take_loss_in_slices(logits_NV: Tensor, targets_N: Tensor, *how) -> tuple[Tensor, Tensor, Tensor]:
+    """take_loss, so few rows at a time that what one operation writes is still in the cache when the next one reads it. In place."""
     rows = max(1, (CPU_SLICE if logits_NV.device.type == "cpu" else GPU_SLICE) // logits_NV.shape[1])
-    losses, scales = zip(*(take_loss_(*part, *how) for part in zip(logits_NV.split(rows), targets_N.split(rows), strict=True)), strict=True)
-    return sum(losses), torch.cat(scales)
+    losses, scales = [], []
+    for logits, targets in zip(logits_NV.split(rows), targets_N.split(rows), strict=True):
+        loss, grads, scales_N1 = take_loss(logits, targets, *how)
+        logits.copy_(grads)
+        losses.append(loss)
+        scales.append(scales_N1)
+    return sum(losses), logits_NV, torch.cat(scales)
 
 
 def _plus(total: Tensor | None, part: Tensor) -> Tensor:

@@ -150,13 +150,13 @@ def _compute_bytes(engine: EngineConfig) -> int:
 
 def _head_workspace(cfg: RunConfig, tokens: int, device: str) -> int:
     """Of the last chunk of logits: itself, hidden states and their gradients, and the weight's gradient, its bf16 copy and either the chunk's
-    part of that gradient or the loss in fp32, which is taken in slices unless it is compiled."""
+    part of that gradient or what the loss takes: fp32 slices, or, compiled, the chunk's gradient beside it."""
     m, c = cfg.model, _compute_bytes(cfg.engine)
     most, of_slice = (CPU_CHUNK, CPU_SLICE) if device == "cpu" else (GPU_CHUNK, GPU_SLICE)
     weight, hidden = m.vocab_size * m.d_model, tokens * m.d_model
     n_chunks = -(-tokens * m.vocab_size // most)
     chunk, sums = tokens * m.vocab_size // n_chunks, 4 * weight * (n_chunks > 1)
-    loss = 0 if cfg.engine.compile else 4 * min(chunk, of_slice) * (4 if m.logit_softcap else 2)
+    loss = c * chunk if cfg.engine.compile else 4 * min(chunk, of_slice) * (4 if m.logit_softcap else 2)
     return c * chunk + (4 + 2 * c) * hidden + 2 * weight + max(6 * weight, sums + loss)
 
 
