@@ -8,6 +8,7 @@ from llm.checkpoint import folder
 from llm.checkpoint.hashes import file_sha256
 from llm.checkpoint.manifest import NAME, Manifest, read_manifest
 from llm.checkpoint.slices import CheckpointError, SliceReader
+from llm.cli import RETRY
 from llm.dist import World
 from llm.log import log
 
@@ -22,6 +23,12 @@ class Checkpoint:
     @cached_property
     def reader(self) -> SliceReader:
         return SliceReader(self.folder, self.manifest.shapes, [f.model_dump() for f in self.manifest.files])
+
+
+class Unseen(CheckpointError):
+    """One look at a checkpoint has failed, another finds it sound: no damage, and it may be over soon."""
+
+    exit_code = RETRY
 
 
 def damage(checkpoint: Path, manifest: Manifest, share: tuple[int, int] = (0, 1)) -> str | None:
@@ -44,8 +51,7 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> Checkpoint:
     """Open a checkpoint folder, or the newest sound one (or that of `step`) in a run's folder. Verified; changes nothing."""
     path = Path(path)
     if (path / NAME).exists():
-        manifest = read_manifest(path)
-        problem = damage(path, manifest)
+        manifest, problem = _examined(path)
         if problem:
             raise CheckpointError(f"{problem}. This checkpoint is damaged; use another step of the run.")
         return Checkpoint(path, manifest)
@@ -63,36 +69,59 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> Checkpoint:
     raise CheckpointError(f"{path}: none of its {len(found)} checkpoints is sound.")
 
 
+def _examined(path: Path, share: tuple[int, int] = (0, 1)) -> tuple[Manifest | None, str | None]:
+    """A checkpoint's manifest, and the first thing wrong with it or with this rank's share of its files, in words."""
+    try:
+        manifest = read_manifest(path)
+        return manifest, damage(path, manifest, share)
+    except CheckpointError as error:
+        return None, str(error).removesuffix(".")
+    except OSError as error:
+        return None, f"{path}: cannot be read ({error})"
+
+
 def newest(world: World, run: Path, step: int | None = None) -> Checkpoint | None:
     """The checkpoint to go on from (of `step`, if given), the same on every rank; None for a run that never committed one. Collective.
 
-    A damaged one is named and moved to quarantine, and the next older is tried. Raises CheckpointError when none is left.
+    A damaged one is named and moved to quarantine, and the next older is tried. Raises CheckpointError when none is left, Unseen when it is
+    only some rank that cannot read one.
     """
     names = world.on_rank_0(lambda: _candidates(run, step))
     for name in names:
         path = run / name
-        manifest, problem = None, None
-        try:
-            manifest = read_manifest(path)
-            problem = damage(path, manifest, (world.rank, world.size)) if manifest.is_whole else f"{path}: has no optimizer moments"
-        except CheckpointError as error:
-            problem = str(error)
-        except OSError as error:
-            problem = f"{path}: cannot be read ({error})"
-        problem = next((p for p in world.gather(problem) if p), None)
-        if problem is None:
+        manifest, problem = _examined(path, (world.rank, world.size))
+        if manifest and not manifest.is_whole:
+            problem = f"{path}: has no optimizer moments"
+        bad = next(((rank, told) for rank, told in enumerate(world.gather(problem)) if told), None)
+        if bad is None:
             return Checkpoint(path, manifest)
-        if world.rank == 0:
-            log.error(f"{problem}. This checkpoint is not used; it is now in {folder.quarantine(path)}.")
-        world.barrier()
+        world.on_rank_0(lambda path=path, bad=bad: _set_aside(path, *bad, world.size))
     if step is not None:  # another step than the one asked for is for a person to choose
         world.on_rank_0(lambda: _candidates(run, step))
-    if names or world.on_rank_0(lambda: folder.has_committed(run)):
+    committed = world.gather(folder.has_committed(run))
+    if any(committed) and not committed[0]:
+        raise Unseen(f"{run}: rank {committed.index(True)} sees that the run has saved before, rank 0 does not. Do all hosts see the same folder?")
+    if committed[0]:
         raise CheckpointError(
             f"{run}: the run has saved before, but no sound checkpoint is left{_weights_left(run)}. It does not start again from step 0 by itself: "
             f"restore a checkpoint folder, or give --fresh, which moves the old run aside and begins anew."
         )
     return None
+
+
+def _set_aside(path: Path, rank: int, problem: str, world_size: int) -> None:
+    """Tell what `rank` has found, and move the checkpoint to quarantine. Raises Unseen when rank 0, which runs this, finds that part of it sound."""
+    manifest, still = _examined(path, (rank, world_size))
+    if manifest and manifest.is_whole and still is None:
+        raise Unseen(
+            f"{problem}, as rank {rank} saw it. Looked at once more by rank 0 it is sound, so nothing was moved. Is the shared file system there "
+            f"on that rank's host, and at the same place? Then run again."
+        )
+    try:
+        moved = folder.quarantine(path)
+    except OSError as error:
+        raise CheckpointError(f"{problem}. It cannot be moved to quarantine ({error}): move it out of {path.parent} yourself.") from None
+    log.error(f"{problem}. This checkpoint is not used; it is now in {moved}.")
 
 
 def _weights_left(run: Path) -> str:

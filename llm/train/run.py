@@ -114,6 +114,7 @@ def _train(
     world.on_rank_0(lambda: _take_over(cfg.run_folder, lock, options.steal_lock) if cfg.run_folder.is_dir() else None)
     if options.fresh:
         world.on_rank_0(lambda: _move_aside(cfg.run_folder, lock))
+        train_shards, val_shards = open_shards(cfg, tokenizer, world)  # again: data.save_bin=false keeps shards in the folder that was moved
     checkpoint = world.together(lambda: newest(world, cfg.run_folder, options.from_step if fork is None else None))
     begins = fork is not None and checkpoint is None
     checkpoint = world.together(fork.open) if begins else checkpoint
