@@ -126,3 +126,16 @@ def test_three_refused_updates_in_a_row_stop_the_run_without_saving_them(tmp_pat
     first, second = run_ranks(lose_the_loss_in_the_third_step, 2, tmp_path, str(config), 3)
     assert first == second and first.startswith("3 updates in a row")
     assert not folder.entries(run_of(config))
+
+
+def begin_afresh(world: World, config: str) -> int:
+    sit(world, config, steps_today=2)
+    return sit(world, config, fresh=True, steps_today=3)["step"]
+
+
+def test_a_run_of_bare_ids_begins_afresh_though_its_shard_lay_in_the_folder_that_is_moved(tmp_path):
+    ids = tmp_path / "mine.jsonl"
+    ids.write_text("".join(f"[{n}, {n + 1}, 0]\n" for n in range(1, 60)))
+    config = make_run(tmp_path, data_path=str(ids), save_bin=False)
+    assert run_ranks(begin_afresh, 1, tmp_path, str(config)) == [3]
+    assert len(list((tmp_path / "checkpoints").glob("little.before-*"))) == 1
