@@ -160,7 +160,7 @@ def import_ids(jsonl_path: Path | str, folder: Path | str, tokenizer: dict, seq_
     The shard is named by the contents of the file, so importing it again only finds the shard there, also when two runs begin at once.
     """
     path = Path(jsonl_path)
-    digest, unit_ids = _digests(path, tokenizer["fingerprint"])
+    digest = _file_digest(path, tokenizer["fingerprint"])
     name = f"{path.name.removesuffix('.jsonl')}.cached.{seq_len}.{digest[:12]}"
     meta_path = Path(folder) / f"{name}{META_SUFFIX}"
     with nullcontext() if meta_path.exists() else _one_writer(Path(folder)):
@@ -172,7 +172,7 @@ def import_ids(jsonl_path: Path | str, folder: Path | str, tokenizer: dict, seq_
             _id_batches(path, tokenizer["vocab_size"], tokenizer["eos_id"]),
             dtype=token_dtype(tokenizer["vocab_size"]),
             tokenizer=tokenizer,
-            units=[{"unit_id": unit_id, "name": path.name, "bytes": 0} for unit_id in unit_ids],
+            units=[{"unit_id": unit_id, "name": path.name, "bytes": 0} for unit_id in _unit_ids(path, tokenizer["fingerprint"])],
             role="train",
             seq_len=seq_len,
             writer={"backend": "import_ids"},
@@ -193,26 +193,28 @@ def _one_writer(folder: Path) -> Iterator[None]:
         yield
 
 
-def _digests(path: Path, fingerprint: str) -> tuple[str, list[str]]:
-    """Of the file's bytes and the tokenizer (the same ids under another one are another text), and of each of its units.
-
-    Units end at UNIT_LINES, twice, four times as many lines and so on: a file that has grown is known by those it had before.
-    """
-    whole, unit, units, n_lines = hashlib.sha256(fingerprint.encode()), hashlib.sha256(fingerprint.encode()), [], 0
+def _file_digest(path: Path, fingerprint: str) -> str:
+    """Of the file's bytes and the tokenizer: the same ids under another tokenizer are another text."""
+    digest = hashlib.sha256(fingerprint.encode())
     try:
         with open(path, "rb") as file:
-            for line in file:
-                whole.update(line)
-                unit.update(line.strip() + b"\n")
-                n_lines += 1
-                if n_lines == UNIT_LINES << len(units):
-                    units.append(unit.hexdigest())
-                    unit = hashlib.sha256(fingerprint.encode())
+            while data := file.read(1 << 20):
+                digest.update(data)
     except OSError as error:
         raise ShardError(f"{path}: cannot be read ({error.strerror}). Give a file with one list of token ids a line.") from None
-    if not units:
-        return whole.hexdigest(), [whole.hexdigest()]
-    return whole.hexdigest(), units if n_lines == UNIT_LINES << (len(units) - 1) else [*units, unit.hexdigest()]
+    return digest.hexdigest()
+
+
+def _unit_ids(path: Path, fingerprint: str) -> list[str]:
+    """Of its lines up to UNIT_LINES, twice, four times as many and so on: a file that has grown is known by those it had before."""
+    ids, end, number, unit = [], 0, 0, hashlib.sha256(fingerprint.encode())
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            unit.update(line.strip() + b"\n")
+            if number == UNIT_LINES << len(ids):
+                ids.append(unit.hexdigest())
+                end, unit = number, hashlib.sha256(fingerprint.encode())
+    return ids if ids and number == end else [*ids, unit.hexdigest()]
 
 
 def _id_batches(path: Path, vocab_size: int, eos_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
