@@ -54,6 +54,8 @@ def open_checkpoint(path: str | Path, step: int | None = None) -> Checkpoint:
         manifest, problem = _examined(path)
         if problem:
             raise CheckpointError(f"{problem}. This checkpoint is damaged; use another step of the run.")
+        if step not in (None, manifest.step):
+            raise CheckpointError(f"{path}: is the checkpoint of step {manifest.step}, not of {step}. Give the run's folder with --step.")
         return Checkpoint(path, manifest)
     there = folder.entries(path, thinned=True)
     found = [e for e in there if step is None or e.step == step]

@@ -223,6 +223,13 @@ def test_damaged_checkpoints_go_to_quarantine_and_the_newest_sound_one_is_used(t
     assert names(run / "quarantine") == {"step-000000002-a1", "step-000000003-a1"}
 
 
+def test_a_checkpoint_of_another_step_than_the_one_asked_for_is_refused(tmp_path):
+    path = save_step(World(), tmp_path, 2)
+    assert open_checkpoint(path, 2).manifest.step == 2
+    with pytest.raises(CheckpointError, match="is the checkpoint of step 2, not of 1"):
+        open_checkpoint(path, 1)
+
+
 def test_readers_pass_over_a_damaged_checkpoint_without_moving_it(tmp_path, capsys):
     for step in (1, 2):
         save_step(World(), tmp_path, step)
