@@ -8,7 +8,7 @@ from llm.checkpoint import folder
 from llm.checkpoint.hashes import file_sha256
 from llm.checkpoint.manifest import NAME, Manifest, read_manifest
 from llm.checkpoint.slices import CheckpointError, SliceReader
-from llm.cli import RETRY
+from llm.cli import NEEDS_A_PERSON
 from llm.dist import World
 from llm.log import log
 
@@ -26,9 +26,12 @@ class Checkpoint:
 
 
 class Unseen(CheckpointError):
-    """One look at a checkpoint has failed, another finds it sound: no damage, and it may be over soon."""
+    """A checkpoint that one rank cannot read and another finds sound: no damage."""
 
-    exit_code = RETRY
+    exit_code = NEEDS_A_PERSON
+
+
+_ADVICE = "Look at that rank's host: is the file system there that all share, and at the same place? Then run again."
 
 
 def damage(checkpoint: Path, manifest: Manifest, share: tuple[int, int] = (0, 1)) -> str | None:
@@ -85,24 +88,24 @@ def _examined(path: Path, share: tuple[int, int] = (0, 1)) -> tuple[Manifest | N
 def newest(world: World, run: Path, step: int | None = None) -> Checkpoint | None:
     """The checkpoint to go on from (of `step`, if given), the same on every rank; None for a run that never committed one. Collective.
 
-    A damaged one is named and moved to quarantine, and the next older is tried. Raises CheckpointError when none is left, Unseen when it is
-    only some rank that cannot read one.
+    A damaged one is named and moved to quarantine, and the next older is tried. Raises CheckpointError when none is left, Unseen when only
+    some rank cannot read one, twice.
     """
     names = world.on_rank_0(lambda: _candidates(run, step))
-    for name in names:
-        path = run / name
-        manifest, problem = _examined(path, (world.rank, world.size))
-        if manifest and not manifest.is_whole:
-            problem = f"{path}: has no optimizer moments"
-        bad = next(((rank, told) for rank, told in enumerate(world.gather(problem)) if told), None)
-        if bad is None:
+    for path in (run / name for name in names):
+        manifest, rank, problem = _agreed(world, path)
+        if problem and world.on_rank_0(lambda path=path, rank=rank: _is_sound(path, (rank, world.size))):
+            manifest, rank, problem = _agreed(world, path)  # a file system may fail for a moment, or be late on one host
+            if problem:
+                raise Unseen(f"{problem}, as rank {rank} sees it, but rank 0 finds it sound, so nothing was moved. {_ADVICE}")
+        if problem is None:
             return Checkpoint(path, manifest)
-        world.on_rank_0(lambda path=path, bad=bad: _set_aside(path, *bad, world.size))
+        world.on_rank_0(lambda path=path, problem=problem: _set_aside(path, problem))
     if step is not None:  # another step than the one asked for is for a person to choose
         world.on_rank_0(lambda: _candidates(run, step))
     committed = world.gather(folder.has_committed(run))
     if any(committed) and not committed[0]:
-        raise Unseen(f"{run}: rank {committed.index(True)} sees that the run has saved before, rank 0 does not. Do all hosts see the same folder?")
+        raise Unseen(f"{run}: rank {committed.index(True)} sees that the run has saved before, rank 0 sees nothing. {_ADVICE}")
     if committed[0]:
         raise CheckpointError(
             f"{run}: the run has saved before, but no sound checkpoint is left{_weights_left(run)}. It does not start again from step 0 by itself: "
@@ -111,14 +114,21 @@ def newest(world: World, run: Path, step: int | None = None) -> Checkpoint | Non
     return None
 
 
-def _set_aside(path: Path, rank: int, problem: str, world_size: int) -> None:
-    """Tell what `rank` has found, and move the checkpoint to quarantine. Raises Unseen when rank 0, which runs this, finds that part of it sound."""
-    manifest, still = _examined(path, (rank, world_size))
-    if manifest and manifest.is_whole and still is None:
-        raise Unseen(
-            f"{problem}, as rank {rank} saw it. Looked at once more by rank 0 it is sound, so nothing was moved. Is the shared file system there "
-            f"on that rank's host, and at the same place? Then run again."
-        )
+def _agreed(world: World, path: Path) -> tuple[Manifest | None, int, str | None]:
+    """The manifest, and which rank has found what first; the same on every rank. Collective."""
+    manifest, problem = _examined(path, (world.rank, world.size))
+    if manifest and not manifest.is_whole:
+        problem = f"{path}: has no optimizer moments"
+    rank, told = next(((r, p) for r, p in enumerate(world.gather(problem)) if p), (0, None))
+    return manifest, rank, told
+
+
+def _is_sound(path: Path, share: tuple[int, int]) -> bool:
+    manifest, problem = _examined(path, share)
+    return problem is None and manifest.is_whole
+
+
+def _set_aside(path: Path, problem: str) -> None:
     try:
         moved = folder.quarantine(path)
     except OSError as error:

@@ -17,7 +17,7 @@ from llm.checkpoint.manifest import NAME, Manifest, Parameter, read_manifest
 from llm.checkpoint.resume import newest, open_checkpoint
 from llm.checkpoint.saver import SMALL_FILES_BYTES, Save, SaveFailed
 from llm.checkpoint.slices import KINDS, CheckpointError, Slice
-from llm.cli import MISTAKE, RETRY
+from llm.cli import MISTAKE, NEEDS_A_PERSON
 from llm.dist import World
 from llm.log import UserError
 
@@ -266,7 +266,7 @@ def test_a_host_that_does_not_see_the_folder_stops_all_ranks_and_moves_nothing(t
         save_step(World(), run, step)
     before = names(run)
     (first, code), other = run_ranks(resume_where_one_rank_cannot_look, 2, tmp_path, str(tmp_path), blind)
-    assert [first, code] == other and code == RETRY and "rank 1 s" in first
+    assert [first, code] == other and code == NEEDS_A_PERSON and "rank 1 s" in first
     assert names(run) == before
 
 

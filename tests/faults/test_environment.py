@@ -76,11 +76,8 @@ def test_a_rank_that_sees_a_checkpoint_late_or_cannot_read_it_agrees_with_the_ot
     config = fault_run(tmp_path, epochs=2, keep_last=99)
     live(config, 2, steps_today=6)
     life = live(config, 2, fault=f"verify:1:1:{kind}")
-    if kind == "EIO":  # of a checkpoint that rank 0 finds sound: it is neither moved nor passed over
-        assert life.codes == [RETRY, RETRY] and "Input/output error" in life.output and committed(config)[-1] == 6, life.output
-        life = live(config, 2)
     assert life.codes == [0, 0], life.output
-    assert f"resumes {load_config(config).run_folder}/step-{6:09d}" in life.output
+    assert f"resumes {load_config(config).run_folder}/step-000000006" in life.output  # rank 0 finds it sound, so it is looked at once more
     assert_same_end(config, whole)
 
 
