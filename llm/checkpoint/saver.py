@@ -44,6 +44,15 @@ class Fenced(SaveFailed):
     """This save did not happen because the run's folder belongs to another job now: no later one can happen either."""
 
 
+def save(
+    world: World, run: Path, manifest: Manifest, slices: list[Slice], add_files: Callable[[Path], None], check: Callable[[], None] = bool
+) -> Path:
+    """Write and commit one checkpoint at once; returns its folder. Collective. Arguments and errors are those of `Save`."""
+    saving = Save(world, run, manifest, slices, add_files, check)
+    saving.write()
+    return saving.commit()
+
+
 class Save:
     """One checkpoint on its way to the disk: `Save(...)`, then `write` or `start`, then `commit`.
 

@@ -15,7 +15,7 @@ from ranks import run_ranks
 from llm.checkpoint import direct, folder
 from llm.checkpoint.manifest import NAME, Manifest, Parameter, read_manifest
 from llm.checkpoint.resume import newest, open_checkpoint
-from llm.checkpoint.saver import SMALL_FILES_BYTES, Save, SaveFailed
+from llm.checkpoint.saver import SMALL_FILES_BYTES, SaveFailed, save
 from llm.checkpoint.slices import KINDS, CheckpointError, Slice
 from llm.cli import MISTAKE, NEEDS_A_PERSON
 from llm.dist import World
@@ -37,13 +37,6 @@ def state_of(step: int, world: World) -> list[Slice]:
     """Every value says which step it is from."""
     share = -(-NUMEL // world.size)
     return [Slice("w", kind, share * world.rank, torch.full((share,), float(step))) for kind in KINDS]
-
-
-def save(*parts) -> Path:
-    """Write and commit at once."""
-    saving = Save(*parts)
-    saving.write()
-    return saving.commit()
 
 
 def add_tokenizer(checkpoint: Path) -> None:
