@@ -169,7 +169,7 @@ class Metrics:
     def _append(self, name: str, records: list[dict]) -> None:
         """Lines of a file that people read. A full disk loses them, and does not end training."""
         try:
-            with open(self._folder / name, "a", encoding="utf-8") as file:
+            with open(self._folder / name, "a", encoding="utf-8", errors="replace") as file:  # names may hold bytes that are no UTF-8
                 for record in records:
                     print(json.dumps(record | {"time": round(time.time(), 3)}, ensure_ascii=False), file=file)
         except OSError as error:
