@@ -217,11 +217,12 @@ class DataConfig(Section):
 
     @property
     def datasets(self) -> dict[str, str]:
-        """Dataset name -> path; unnamed ones are called by the last part of their path."""
+        """Dataset name -> path; unnamed ones are called by the last part of their path, by all of it where several end alike."""
         if isinstance(self.data_path, dict):
             return self.data_path
         paths = [self.data_path] if isinstance(self.data_path, str) else self.data_path
-        return {Path(p).name: p for p in paths}
+        names = [Path(p).name for p in paths]
+        return {p if names.count(name) > 1 else name: p for name, p in zip(names, paths, strict=True)}
 
 
 class TrainConfig(Section):

@@ -32,20 +32,13 @@ class World:
 
     def sum_ints(self, values: list[int]) -> list[int]:
         """Sum over ranks, element by element, wrapping at 64 bits. Collective."""
-        return self._reduce(values, "SUM")
-
-    def max_ints(self, values: list[int]) -> list[int]:
-        """Largest over ranks, element by element. Collective."""
-        return self._reduce(values, "MAX")
-
-    def _reduce(self, values: list[int], op: str) -> list[int]:
         if self.size == 1:
             return list(values)
         import torch
         import torch.distributed as dist
 
         tensor = torch.tensor(values, dtype=torch.int64)
-        dist.all_reduce(tensor, op=getattr(dist.ReduceOp, op), group=self.group)
+        dist.all_reduce(tensor, group=self.group)
         return tensor.tolist()
 
     def sum_tensor(self, tensor: Any) -> None:
@@ -71,7 +64,7 @@ class World:
         padded[: mine.numel()] = mine
         received = [torch.zeros(longest, dtype=torch.uint8) for _ in range(self.size)]
         dist.all_gather(received, padded, group=self.group)
-        return [json.loads(bytes(t[: n.item()].tolist())) for t, n in zip(received, lengths, strict=True)]
+        return [json.loads(t[: n.item()].numpy().tobytes()) for t, n in zip(received, lengths, strict=True)]
 
     def broadcast(self, value: Any) -> Any:
         """Rank 0's value, on every rank. Collective."""
@@ -110,13 +103,18 @@ class World:
 LAUNCHER_VARIABLES = (
     ("RANK", "WORLD_SIZE", "LOCAL_RANK"),
     ("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_SIZE", "OMPI_COMM_WORLD_LOCAL_RANK"),
-    ("SLURM_PROCID", "SLURM_NTASKS", "SLURM_LOCALID"),
+    ("SLURM_PROCID", "SLURM_STEP_NUM_TASKS", "SLURM_LOCALID"),  # STEP: srun's; a batch script has the others too, and is one process
 )
 
 
 def has_launcher() -> bool:
     """Whether torchrun or deepspeed started this process; mpirun and srun end their processes themselves."""
     return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
+
+
+def is_restart() -> bool:
+    """Whether the launcher has started this job once more by itself: torchrun after a failure, Slurm from its queue."""
+    return any(os.environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def mpi_ranks() -> int:
@@ -273,8 +271,6 @@ def use_growing_segments() -> None:
 
 def _choose_gpu(gpus: int) -> int:
     """Ask a person at a terminal; else take the GPU with the most free memory."""
-    import sys
-
     import torch
 
     free = [torch.cuda.mem_get_info(i)[0] for i in range(gpus)]

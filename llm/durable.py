@@ -1,5 +1,6 @@
 """Files that are there whole or not at all, also after a power cut."""
 
+import errno
 import os
 from pathlib import Path
 
@@ -19,9 +20,12 @@ def write_text(path: Path, text: str) -> None:
 
 
 def fsync_folder(folder: Path) -> None:
-    """Make the renames in `folder` survive a power cut."""
+    """Make the renames in `folder` survive a power cut, as far as its file system lets that be asked."""
     handle = os.open(folder, os.O_RDONLY)
     try:
         os.fsync(handle)
+    except OSError as error:
+        if error.errno not in (errno.EINVAL, errno.EBADF, errno.ENOTSUP):  # what some network and FUSE file systems answer for any folder
+            raise
     finally:
         os.close(handle)

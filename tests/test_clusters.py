@@ -21,7 +21,9 @@ TASKS = 2
 SRUN = """
 import os, signal, subprocess, sys
 words = sys.argv[sys.argv.index("python"):]
-tasks = [subprocess.Popen(words, env=os.environ | {"SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)}) for n in range(int(os.environ["SLURM_NTASKS"]))]
+count = os.environ["SLURM_NTASKS"]
+places = [{"SLURM_STEP_NUM_TASKS": count, "SLURM_PROCID": str(n), "SLURM_LOCALID": str(n)} for n in range(int(count))]
+tasks = [subprocess.Popen(words, env=os.environ | place) for place in places]
 signal.signal(signal.SIGUSR1, lambda number, _: [task.send_signal(number) for task in tasks])
 sys.exit(max(task.wait() % 256 for task in tasks))
 """

@@ -154,6 +154,24 @@ def test_a_second_job_in_the_same_run_is_refused_with_the_owner_named_and_touche
     assert "saved" in process.communicate(timeout=60)[0] and process.returncode == 0
 
 
+def test_started_once_more_by_its_launcher_a_job_goes_on_and_begins_nothing_anew(config, tmp_path):
+    again = {"SLURM_RESTART_COUNT": "1"}
+    other = make_run(tmp_path / "base")
+    assert train("--config", other, "--steps-today", "1").returncode == 0
+    words = ["--config", config, "--init-from", tmp_path / "base" / "checkpoints" / "little", "--steps-today", "2"]
+    assert train(*words).returncode == 0
+    assert "resumes" in train(*words, **again).stdout
+    for wish in (["--fresh"], ["--from-step", "2"]):
+        refused = train("--config", config, *wish, **again)
+        assert refused.returncode == 2 and "undo what the job did so far" in refused.stderr
+    assert sorted(path.name[:14] for path in (tmp_path / "checkpoints" / "little").glob("step-*")) == ["step-000000002", "step-000000004"]
+    assert train("--config", config).returncode == 0
+    another_pass = ["--config", config, "--reset-epoch", "--steps-today", "3"]
+    assert train(*another_pass).returncode == 0
+    done = train(*another_pass, **again)
+    assert done.returncode == 0 and "resumes" in done.stdout, done.stderr
+
+
 def test_asked_to_train_what_is_trained_it_says_so_and_names_the_choices(config, tmp_path):
     assert train("--config", config).returncode == 0
     again = train("--config", config)

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 
-from llm.config import OWNER, SECTIONS, ConfigError, EngineConfig, batch_plan, interval_steps, load_config
+from llm.config import OWNER, SECTIONS, ConfigError, DataConfig, EngineConfig, batch_plan, interval_steps, load_config
 
 FLAT = dict(
     model_name="custom", n_layers=2, d_model=64, n_heads=4, d_ff=128, seq_len=32, tokenizer_path="t", data_path="d", lr=1e-3, batch_size=2
@@ -166,3 +166,8 @@ def test_intervals_are_steps_or_a_share_of_the_phase():
 def test_every_recipe_loads_and_opens_with_its_launch_line(path):
     load_config(path)
     assert "launch/train.py" in path.read_text().split("\nmodel:")[0]
+
+
+def test_datasets_whose_paths_end_alike_are_all_kept():
+    paths = ["a/train", "b/train", "c/books"]
+    assert DataConfig(data_path=paths).datasets == {"a/train": "a/train", "b/train": "b/train", "books": "c/books"}

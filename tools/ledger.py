@@ -109,7 +109,13 @@ def _tell_audit(audit, global_rows: int) -> None:
 
 def _counts(share, samples: int, whole: int, once_more: int, named: bool) -> str:
     of = f" of {share.name}" if named else ""
-    return f"each of {samples:,} samples{of} drawn {whole} times" + (f", {once_more:,} of them once more" if once_more else "")
+    if once_more:
+        return f"{once_more:,} of {samples:,} samples{of} drawn {_times(whole + 1)}, the others {_times(whole)}"
+    return f"each of {samples:,} samples{of} drawn {_times(whole)}" if whole else f"none of {samples:,} samples{of} drawn"
+
+
+def _times(n: int) -> str:
+    return {0: "not", 1: "once"}.get(n, f"{n:,} times")
 
 
 def _token_problems(trained: int, recounted: int, masks_known: bool) -> list[str]:
@@ -214,20 +220,13 @@ def _units_of_shard(path: Path) -> dict[str, int]:
     from llm.data.shards import verify_shard
     from llm.log import progress
 
-    found = find_shards([path], "train") if _role(path) == "train" else []
-    if not found:
+    (shard,) = find_shards([path], None)
+    if shard.meta.role != "train":
         log.warning(f"{path}: a validation shard; those are never trained on")
         return {f"validation {path}": 1}
-    (shard,) = found
     with progress(shard.meta.files["bin"]["bytes"], "reading the shard", "bytes") as bar:
         verify_shard(shard, bar)
     return {unit["unit_id"]: max(1, unit["bytes"]) for unit in shard.meta.units}
-
-
-def _role(path: Path) -> str:
-    from llm.data.shard_meta import META_SUFFIX, ShardMeta
-
-    return ShardMeta.read(path.with_name(path.name.removesuffix(".bin").removesuffix(META_SUFFIX) + META_SUFFIX)).role
 
 
 def _units_of_text(args, sources: list[dict], known: set[str]) -> dict[str, int]:

@@ -96,7 +96,8 @@ def mark_run(run: Path, run_id: str) -> None:
 
 
 def has_committed(run: Path) -> bool:
-    return (run / "RUN.json").exists() or bool(entries(run))
+    """Whether anything tells so: a kill may have come between the first commit and its RUN.json, and that checkpoint be in quarantine."""
+    return (run / "RUN.json").exists() or (run / "quarantine").exists() or bool(entries(run, thinned=True))
 
 
 def quarantine(path: Path) -> Path:

@@ -8,11 +8,8 @@ from llm import durable
 
 
 def file_sha256(path: Path) -> str:
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:  # hashlib.file_digest came with Python 3.11
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def tokenizer_records(checkpoint: Path) -> list[dict]:

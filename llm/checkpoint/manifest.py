@@ -110,9 +110,15 @@ class Manifest(_Record):
         return coverage_gaps([(name, math.prod(shape)) for name, shape in self.shapes], [f.model_dump() for f in self.files], kinds)
 
     def text(self) -> str:
-        """The JSON to write, sealed with a hash of everything else."""
+        """The JSON to write, sealed with a hash of everything else. Raises CheckpointError if it were too large to be read back."""
         fields = self.model_dump(mode="json", exclude={"self_sha256"})
-        return json.dumps(fields | {"self_sha256": _seal(fields)}, indent=1, allow_nan=False)
+        text = json.dumps(fields | {"self_sha256": _seal(fields)}, indent=1, allow_nan=False)
+        if len(text) > MAX_BYTES:
+            raise CheckpointError(
+                f"its manifest would have {len(text):,} bytes, and none above {MAX_BYTES:,} is read. The ledger names every unit of text once a "
+                f"phase, and every small file is a unit: join small files into larger ones before tokenizing, or use fewer ranks"
+            )
+        return text
 
 
 def _seal(fields: dict) -> str:

@@ -25,7 +25,7 @@ class Retention:
     """What stays of a run's own branch. An entry that the rules do not name goes."""
 
     last: int
-    """So many of the newest whole ones, always whole."""
+    """So many of the newest whole ones whose manifest can be read, always whole."""
     best: int = 0
     """So many with the lowest validation loss."""
     epochs: bool = False
@@ -41,7 +41,7 @@ def apply_retention(run: Path, rules: Retention, protect: Iterable[Path], apart:
     apart, protected = set(apart), set(protect)
     found = [entry for entry in folder.entries(run, thinned=True) if entry.path not in apart]
     manifests = {entry: manifest for entry in found if (manifest := _readable(entry.path))}
-    whole = [entry for entry in found if entry.is_whole]
+    whole = [entry for entry in manifests if entry.is_whole]
     as_it_is = set(whole[-rules.last :]) | {e for e in found if e.path in protected or e not in manifests}  # unreadable: for resume to judge
     keep = {entry.save for entry in as_it_is | set(_chosen(manifests, rules))}
     for save in {entry.save: None for entry in found}:

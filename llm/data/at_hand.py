@@ -6,7 +6,7 @@ from llm.log import UserError, progress
 
 from .ledger import Ledger
 from .manifest import FILE_NAME, load_manifest
-from .shard_meta import META_SUFFIX
+from .shard_meta import META_SUFFIX, meta_path_of
 from .shards import Shard, verify_shard
 
 
@@ -23,7 +23,7 @@ class ShardsAtHand:
             self._add(Path(path))
 
     def _add(self, path: Path) -> None:
-        metas = [path.with_name(path.name.removesuffix(".bin").removesuffix(META_SUFFIX) + META_SUFFIX)]
+        metas = [meta_path_of(path)]
         if path.is_dir():
             metas = sorted(path.glob(f"*{META_SUFFIX}"))
             self.sources += load_manifest(path).sources if (path / FILE_NAME).exists() else []

@@ -33,7 +33,7 @@ def audit_phase(phase: Phase, shards: dict[str, Shard], advance: Callable[[int],
     """Walk through all consumed draws of a phase. `shards`: those at hand, by shard_id; `advance(n)` hears of draws walked."""
     problems = [*_double_units(phase), *_bad_skips(phase)]
     targets_of = _Targets(phase, shards)
-    times, targets = np.zeros(phase.samples, np.uint16), 0
+    times, targets = np.zeros(phase.samples, np.uint32), 0  # a small dataset of some weight may be drawn a million times
     for at in range(0, phase.consumed, COUNT_DRAWS):
         samples = phase.samples_at(np.arange(at, min(at + COUNT_DRAWS, phase.consumed)))
         np.add.at(times, samples, 1)
@@ -86,11 +86,16 @@ def _shortcut_problems(phase: Phase, times: np.ndarray) -> list[str]:
 
 
 class _Targets:
-    """How many tokens the sample of a phase predicts: seq_len, less in the last of a shard, and only what a mask leaves."""
+    """How many tokens the sample of a phase predicts: seq_len, less in the last of a shard, and only what a mask leaves.
+
+    Of shards that are not at hand, at most so many: nothing tells their masks and bins.
+    """
 
     def __init__(self, phase: Phase, shards: dict[str, Shard]):
         self.phase = phase
-        self.last = np.array([s.n_tokens - 1 - (s.n_samples - 1) * phase.seq_len for s in phase.shards], np.int64)
+        # how full a bin is only its shard can tell
+        last = [phase.seq_len if phase.packing else s.n_tokens - 1 - (s.n_samples - 1) * phase.seq_len for s in phase.shards]
+        self.last = np.array(last, np.int64)
         at_hand = {index: shards.get(s.shard_id) for index, s in enumerate(phase.shards)}
         self.masked = {
             index: _masked_targets(shard, phase) for index, shard in at_hand.items() if shard and ("mask" in shard.meta.files or phase.document_mask)

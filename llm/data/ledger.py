@@ -31,9 +31,9 @@ class Ledger:
         """The phase that still has draws to take."""
         return self.phases[-1] if self.phases and not self.phases[-1].is_done else None
 
-    def open(self, phase: Phase, leave_unfinished: bool = False) -> "Ledger":
-        """With one more phase. The one before must be done, or its rest is left for good with `leave_unfinished`."""
-        if self.open_phase and not leave_unfinished:
+    def open(self, phase: Phase) -> "Ledger":
+        """With one more phase. The one before must be done."""
+        if self.open_phase:
             left = self.open_phase.total - self.open_phase.consumed
             raise LedgerError(f"phase {self.open_phase.name} still has {left:,} samples to train: finish it before {phase.name}.")
         if phase.name in {known.name for known in self.phases}:
@@ -124,8 +124,8 @@ def new_shards(ledger: Ledger, shards: list[Shard]) -> list[Shard]:
             continue
         if known:
             raise LedgerError(f"{meta.path}: {len(known)} of its {len(meta.unit_ids)} units of text are known already, the rest "
-                              f"is new: training it would repeat what is known. Tokenize the new text alone, or into the dataset "
-                              f"folder that has the known: only new text gets shards there.")
+                              f"is new: training it would repeat what is known. Give the new text in a file of its own, or tokenize it into "
+                              f"the dataset folder that has the known: only new text gets shards there.")
         units.update(meta.unit_ids)
         new.append(shard)
     return new

@@ -1,8 +1,10 @@
 """The manifest of a dataset folder: which shards belong to it, written last. Readers open it and never list the folder."""
 
+import fcntl
 import hashlib
 import json
 from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
 from itertools import islice
 from pathlib import Path
@@ -12,12 +14,13 @@ import numpy as np
 from llm.log import log
 
 from .record import ShardError, read_record, sha256_of, write_record
-from .shard_meta import META_SUFFIX, ShardMeta, token_dtype
+from .shard_meta import META_SUFFIX, ShardMeta, meta_path_of, token_dtype
 from .shards import Shard, write_shard
 
 FORMAT, VERSION = "tally-manifest", 1
 FILE_NAME = "manifest.json"
 IMPORT_LINES = 1024
+UNIT_LINES = 64  # of a .jsonl with ids; two files that begin with so many lines alike are no accident
 
 
 @dataclass(frozen=True)
@@ -117,7 +120,7 @@ def _shards_at(path: Path, role: str | None) -> Iterator[Shard]:
             if role in (None, entry["role"]):
                 yield _open_listed(path, entry)
         return
-    meta_path = _meta_path(path)
+    meta_path = meta_path_of(path)
     if not meta_path.exists():
         what = f"its {meta_path.name} is missing" if path.exists() else "no such file or folder"
         raise ShardError(f"{path}: {what}. A shard is a .bin with the .idx and .meta.json of the same name. "
@@ -139,11 +142,6 @@ def _open_listed(folder: Path, entry: dict) -> Shard:
     return shard
 
 
-def _meta_path(path: Path) -> Path:
-    stem = path.name.removesuffix(META_SUFFIX).removesuffix(".bin")
-    return path.with_name(stem + META_SUFFIX)
-
-
 def check_compatible(shards: list[Shard], fingerprint: str, seq_len: int, rechunk: bool = False) -> None:
     """Refuse shards made with another tokenizer, or for another seq_len unless `rechunk`. Raises ShardError with both values."""
     for meta in (shard.meta for shard in shards):
@@ -159,25 +157,40 @@ def check_compatible(shards: list[Shard], fingerprint: str, seq_len: int, rechun
 def import_ids(jsonl_path: Path | str, folder: Path | str, tokenizer: dict, seq_len: int) -> ShardMeta:
     """A train shard in `folder` from a file with one JSON list of ids a line, one line a document.
 
-    The shard is named by the contents of the file, so importing it again only finds the shard there.
+    The shard is named by the contents of the file, so importing it again only finds the shard there, also when two runs begin at once.
     """
     path = Path(jsonl_path)
     digest = _file_digest(path, tokenizer["fingerprint"])
     name = f"{path.name.removesuffix('.jsonl')}.cached.{seq_len}.{digest[:12]}"
     meta_path = Path(folder) / f"{name}{META_SUFFIX}"
-    if meta_path.exists():
-        return Shard.open(meta_path).meta
-    return write_shard(
-        folder,
-        name,
-        _id_batches(path, tokenizer["vocab_size"], tokenizer["eos_id"]),
-        dtype=token_dtype(tokenizer["vocab_size"]),
-        tokenizer=tokenizer,
-        units=[{"unit_id": digest, "name": path.name, "bytes": 0}],
-        role="train",
-        seq_len=seq_len,
-        writer={"backend": "import_ids"},
-    )
+    with nullcontext() if meta_path.exists() else _one_writer(Path(folder)):
+        if meta_path.exists():
+            return Shard.open(meta_path).meta
+        return write_shard(
+            folder,
+            name,
+            _id_batches(path, tokenizer["vocab_size"], tokenizer["eos_id"]),
+            dtype=token_dtype(tokenizer["vocab_size"]),
+            tokenizer=tokenizer,
+            units=[{"unit_id": unit_id, "name": path.name, "bytes": 0} for unit_id in _unit_ids(path, tokenizer["fingerprint"])],
+            role="train",
+            seq_len=seq_len,
+            writer={"backend": "import_ids"},
+        )
+
+
+@contextmanager
+def _one_writer(folder: Path) -> Iterator[None]:
+    """Wait until no other process imports into `folder`."""
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+        lock = open(folder / ".lock", "w")  # noqa: SIM115  held to the end
+    except OSError as error:
+        raise ShardError(f"{folder}: cannot be written ({error.strerror}). data.save_bin=false keeps the shard in the run's folder.") from None
+    with lock:
+        with suppress(OSError):  # a file system that knows no locks
+            fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
 
 
 def _file_digest(path: Path, fingerprint: str) -> str:
@@ -190,6 +203,18 @@ def _file_digest(path: Path, fingerprint: str) -> str:
     except OSError as error:
         raise ShardError(f"{path}: cannot be read ({error.strerror}). Give a file with one list of token ids a line.") from None
     return digest.hexdigest()
+
+
+def _unit_ids(path: Path, fingerprint: str) -> list[str]:
+    """Of its lines up to UNIT_LINES, twice, four times as many and so on: a file that has grown is known by those it had before."""
+    ids, end, number, unit = [], 0, 0, hashlib.sha256(fingerprint.encode())
+    with open(path, "rb") as file:
+        for number, line in enumerate(file, 1):
+            unit.update(line.strip() + b"\n")
+            if number == UNIT_LINES << len(ids):
+                ids.append(unit.hexdigest())
+                end, unit = number, hashlib.sha256(fingerprint.encode())
+    return ids if ids and number == end else [*ids, unit.hexdigest()]
 
 
 def _id_batches(path: Path, vocab_size: int, eos_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:

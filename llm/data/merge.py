@@ -1,13 +1,12 @@
 """Datasets tokenized apart, for example on the disks of several machines, as one."""
 
-import hashlib
 import os
 import shutil
 from collections.abc import Callable
 from pathlib import Path
-from typing import BinaryIO
 
 from llm import durable
+from llm.checkpoint.hashes import file_sha256
 
 from .manifest import FILE_NAME, Manifest, load_manifest, write_manifest
 from .record import ShardError
@@ -44,8 +43,6 @@ def _refuse_strangers(manifests: dict[Path, Manifest]) -> None:
         if theirs != ours:
             raise ShardError(f"{folder}: made with tokenizer {theirs[0]} for seq_len {theirs[1]}, {first} with {ours[0]} for {ours[1]}. "
                              f"A dataset has one tokenizer and one seq_len: merge those that agree.")  # fmt: skip
-
-
     written = [folder for folder, manifest in manifests.items() if manifest.template]
     for folder in written[1:]:
         if not manifests[written[0]].takes(manifests[folder].template):
@@ -75,11 +72,9 @@ def _bring(shard: Shard, out: Path) -> Shard:
             return there  # from a merge that was interrupted
     for kind, record in meta.files.items():
         target = out / f"{name}.{kind}"
-        if not _link_or_copy(meta.file(kind), target):
-            with open(target, "rb") as file:
-                if _sha256(file) != record["sha256"]:
-                    raise ShardError(f"{target}: the copy of {meta.file(kind)} does not match the hash in its meta: one of the two disks "
-                                     f"has damaged it. Check the first one's data (verify), and merge again.")  # fmt: skip
+        if not _link_or_copy(meta.file(kind), target) and file_sha256(target) != record["sha256"]:
+            raise ShardError(f"{target}: the copy of {meta.file(kind)} does not match the hash in its meta: one of the two disks "
+                             f"has damaged it. Check the first one's data (verify), and merge again.")  # fmt: skip
     _link_or_copy(meta.path, path)  # last: without it there is no shard
     durable.fsync_folder(out)
     return Shard.open(path)
@@ -98,10 +93,3 @@ def _link_or_copy(source: Path, target: Path) -> bool:
         linked = False
     os.replace(temporary, target)
     return linked
-
-
-def _sha256(file: BinaryIO) -> str:
-    hasher = hashlib.sha256()
-    while block := file.read(1 << 22):
-        hasher.update(block)
-    return hasher.hexdigest()

@@ -30,7 +30,7 @@ class Bins:
         return list(zip(self.starts[here].tolist(), self.stops[here].tolist(), strict=True))
 
 
-@lru_cache(maxsize=64)
+@lru_cache(maxsize=1024)  # rows come from all shards in turn: beyond this, each costs the packing of its whole shard
 def bins_of(shard: Shard, seq_len: int) -> Bins:
     """Every document of the shard, those that are too long in pieces, in rows of seq_len + 1 tokens. A million documents take about a second."""
     starts, stops = split_documents(shard.doc_ends.astype(np.int64), seq_len)

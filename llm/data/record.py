@@ -12,14 +12,10 @@ class ShardError(UserError):
     """A shard, or the manifest that lists shards, is damaged, missing or not the one that was expected."""
 
 
-def canonical_json(value) -> bytes:
-    """The one byte string that stands for a JSON value, so that it can be hashed."""
-    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False).encode()
-
-
 def sha256_of(*values) -> str:
     """Hex SHA-256 of the canonical JSON of a list of JSON values; the first one says what is being hashed."""
-    return hashlib.sha256(canonical_json(list(values))).hexdigest()
+    canonical = json.dumps(values, sort_keys=True, separators=(",", ":"), ensure_ascii=True, allow_nan=False)
+    return hashlib.sha256(canonical.encode()).hexdigest()
 
 
 def write_record(path: Path, fields: dict) -> None:

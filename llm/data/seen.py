@@ -32,7 +32,7 @@ def seen_view(ledger: Ledger, earlier: dict | None = None) -> dict:
     `earlier` is this program's own view of a moment ago, if it has one: then only the draws since are counted.
     """
     known = {phase["plan"]: phase for phase in (earlier or {"phases": []})["phases"]}
-    return {"phases": [_phase_view(phase, known.get(phase.plan_id()), phase is ledger.open_phase) for phase in ledger.phases]}
+    return {"phases": [_phase_view(phase, known.get(phase.plan_id())) for phase in ledger.phases]}
 
 
 def view_lines(view: dict) -> list[str]:
@@ -50,7 +50,7 @@ def view_lines(view: dict) -> list[str]:
     return lines
 
 
-def _phase_view(phase: Phase, earlier: dict | None, is_open: bool) -> dict:
+def _phase_view(phase: Phase, earlier: dict | None) -> dict:
     if earlier and earlier["samples_consumed"] <= phase.consumed:
         before = np.array([file["samples_drawn"] for file in earlier["files"]], np.int64)
         drawn = before + phase.draw_counts(earlier["samples_consumed"], phase.consumed)
@@ -60,7 +60,7 @@ def _phase_view(phase: Phase, earlier: dict | None, is_open: bool) -> dict:
     return {
         "phase": phase.name,
         "dataset": phase.dataset,
-        "state": "done" if phase.is_done else "open" if is_open else "left unfinished",
+        "state": "done" if phase.is_done else "open",
         "percent_done": _percent(phase.consumed, phase.total),
         "epochs": phase.epochs,
         "shares": [{"name": s.name, "files": s.n_shards, "percent_of_draws": _percent(s.weight, weights)} for s in phase.shares],

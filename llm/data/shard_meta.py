@@ -75,6 +75,11 @@ class ShardMeta:
         return cls(path=path, **{field.name: record[field.name] for field in fields(cls) if field.name != "path"})
 
 
+def meta_path_of(path: Path) -> Path:
+    """The commit record of a shard that is named by its .bin, its .meta.json or what these have in common."""
+    return path.with_name(path.name.removesuffix(META_SUFFIX).removesuffix(".bin") + META_SUFFIX)
+
+
 def shard_id_of(fingerprint: str, dtype: str, n_tokens: int, files: dict[str, dict]) -> str:
     """The identity of a shard: its tokens, documents and mask, never what it is called or was made for."""
     return sha256_of(FORMAT, VERSION, fingerprint, dtype, n_tokens, {kind: file["sha256"] for kind, file in files.items()})

@@ -86,12 +86,13 @@ class Shard:
             for block in {0, len(self.meta.files["bin"]["crc32"]) - 1}:
                 self._read_block(block)
             self._ends_are_checked = True
-        return _mapped(self._bin_path, self.meta.dtype, self.meta.shard_id)
+        try:
+            return _mapped(self._bin_path, self.meta.dtype, self.meta.shard_id)
+        except OSError as error:
+            raise self._gone(error) from None
 
     def _read_block(self, block: int) -> bytes:
-        with open(self.meta.file("bin"), "rb") as file:
-            file.seek(block * CRC_BLOCK_BYTES)
-            data = file.read(CRC_BLOCK_BYTES)
+        data = self._content("bin", block * CRC_BLOCK_BYTES, CRC_BLOCK_BYTES)
         if zlib.crc32(data) != self.meta.files["bin"]["crc32"][block]:
             block_tokens = CRC_BLOCK_BYTES // np.dtype(self.meta.dtype).itemsize
             stop = min((block + 1) * block_tokens, self.meta.n_tokens)
@@ -99,10 +100,22 @@ class Shard:
         return data
 
     def _read_whole(self, kind: str, dtype: np.dtype) -> np.ndarray:
-        data = self.meta.file(kind).read_bytes()
+        data = self._content(kind)
         if hashlib.sha256(data).hexdigest() != self.meta.files[kind]["sha256"]:
             raise self._damaged(kind, "its contents do not match the hash in its meta")
         return np.frombuffer(data, dtype)
+
+    def _content(self, kind: str, start: int = 0, n_bytes: int = -1) -> bytes:
+        try:
+            with open(self.meta.file(kind), "rb") as file:
+                file.seek(start)
+                return file.read(n_bytes)
+        except OSError as error:
+            raise self._gone(error) from None
+
+    def _gone(self, error: OSError) -> ShardError:
+        """A UserError, so that all ranks of a run stop together and save."""
+        return ShardError(f"{error.filename or self._bin_path}: opened before, now it cannot be read ({error.strerror}). {self.meta.remedy()}")
 
     def _check_meta(self) -> None:
         meta = self.meta

@@ -87,4 +87,5 @@ def horizon(cfg: RunConfig, phase: Phase, global_rows: int, step: int) -> Horizo
     if cfg.train.total_step_budget:
         return Horizon(0, cfg.train.total_step_budget, is_whole_run=True)
     start = step if phase.first_step is None else phase.first_step - 1
-    return Horizon(start, phase_steps(phase, global_rows), is_whole_run=False)
+    left = -(-(phase.total - phase.consumed) // global_rows)  # the steps before may have been of another batch
+    return Horizon(start, step - start + left, is_whole_run=False)

@@ -5,6 +5,8 @@ Names are group/what, the same in metrics.jsonl and TensorBoard: train, val, spe
 
 import json
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 import yaml
@@ -41,7 +43,7 @@ class Metrics:
         self._since = self._clocks()
         self._line = LiveLine() if speaks else None
         self._folder = cfg.log_folder
-        self._file = open(self._folder / "metrics.jsonl", "a", encoding="utf-8") if speaks else None  # noqa: SIM115 - until close()
+        self._has_lost = False
         self._board = _tensorboard(self._folder) if speaks and cfg.log.tensorboard else None
 
     def step(self, step: int, ledger: Ledger, *, loss: float, lr: float, grad_norm: float, tokens: int, seconds: float, data_wait_s: float) -> None:
@@ -91,10 +93,11 @@ class Metrics:
         """Something odd happened in this step: a line of its own in metrics.jsonl, a mark and its reason in TensorBoard."""
         if not self.speaks:
             return
-        print(json.dumps({"step": step, "time": round(time.time(), 3), f"fault/{kind}": why}), file=self._file, flush=True)
-        if self._board:
-            self._board.add_scalar(f"fault/{kind}", 1.0, step)
-            self._board.add_text(f"fault/{kind}", why, step)
+        self._append("metrics.jsonl", [{"step": step, f"fault/{kind}": why}])
+        with self._board_may_fail():
+            if self._board:
+                self._board.add_scalar(f"fault/{kind}", 1.0, step)
+                self._board.add_text(f"fault/{kind}", why, step)
 
     def start(self, step: int, record: dict) -> None:
         """What `note_start` noted."""
@@ -103,9 +106,7 @@ class Metrics:
 
     def samples(self, step: int, texts: dict[str, str]) -> None:
         """What the model wrote after each of the prompts."""
-        with open(self._folder / "samples.jsonl", "a", encoding="utf-8") as file:
-            for prompt, text in texts.items():
-                print(json.dumps({"step": step, "time": round(time.time(), 3), "prompt": prompt, "text": text}, ensure_ascii=False), file=file)
+        self._append("samples.jsonl", [{"step": step, "prompt": prompt, "text": text} for prompt, text in texts.items()])
         for number, (prompt, text) in enumerate(texts.items(), start=1):
             self.page(f"samples/{number}", prompt + text, step)
 
@@ -118,8 +119,9 @@ class Metrics:
 
     def page(self, name: str, text: str, step: int) -> None:
         """A plain text for TensorBoard, shown as it is."""
-        if self._board:
-            self._board.add_text(name, "\n".join(f"    {line}" for line in text.splitlines()), step)  # indented: markdown leaves it alone
+        with self._board_may_fail():
+            if self._board:
+                self._board.add_text(name, "\n".join(f"    {line}" for line in text.splitlines()), step)  # indented: markdown leaves it alone
 
     def mfu(self, tokens_per_s: float) -> float:
         """Model FLOP utilisation, exact-causal count."""
@@ -134,10 +136,9 @@ class Metrics:
         self.profiler.close()
         if self._line:
             self._line.close()
-        if self._file:
-            self._file.close()
-        if self._board:
-            self._board.close()
+        with self._board_may_fail():
+            if self._board:
+                self._board.close()
 
     def _text(self, step: int, loss: float, lr: float, rate: float) -> str:
         mfu = f"  MFU {self.mfu(rate):.1%}" if self.peak_flops else ""
@@ -160,10 +161,32 @@ class Metrics:
         return {"time/step_s": step_s / len(self._window)} | {f"time/{name}_share": s / all_s for name, s in spent.items()}
 
     def _write(self, step: int, values: dict[str, float]) -> None:
-        print(json.dumps({"step": step, "time": round(time.time(), 3)} | values), file=self._file, flush=True)
-        if self._board:
-            for key, value in values.items():
+        self._append("metrics.jsonl", [{"step": step} | values])
+        with self._board_may_fail():
+            for key, value in values.items() if self._board else ():
                 self._board.add_scalar(key, value, step)
+
+    def _append(self, name: str, records: list[dict]) -> None:
+        """Lines of a file that people read. A full disk loses them, and does not end training."""
+        try:
+            with open(self._folder / name, "a", encoding="utf-8", errors="replace") as file:  # names may hold bytes that are no UTF-8
+                for record in records:
+                    print(json.dumps(record | {"time": round(time.time(), 3)}, ensure_ascii=False), file=file)
+        except OSError as error:
+            self._tell_loss(error)
+
+    @contextmanager
+    def _board_may_fail(self) -> Iterator[None]:
+        try:
+            yield
+        except OSError as error:  # of its thread, which has ended with it
+            self._board = None
+            self._tell_loss(error)
+
+    def _tell_loss(self, error: OSError) -> None:
+        if not self._has_lost:
+            log.warning(f"{self._folder}: cannot be written ({error.strerror}), so what is told there is lost for now. Training goes on.")
+        self._has_lost = True
 
 
 def _tensorboard(folder: Path):

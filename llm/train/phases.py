@@ -24,8 +24,8 @@ class Wish:
     def __post_init__(self):
         if self.replay is not None and not 0.0001 <= self.replay <= 0.9999:
             raise ConfigError(f"--replay is {self.replay:g}; give the part of the samples that old data shall have, such as 0.1.")
-        if self.replay is not None and not self.only_new:
-            raise ConfigError("--replay mixes old data into a phase of new data: it goes with --only-new.")
+        if self.replay is not None and (self.reset_epoch or not self.only_new):
+            raise ConfigError("--replay mixes old data into a phase of new data: it goes with --only-new, without --reset-epoch.")
 
 
 def choose_phase(
@@ -40,13 +40,12 @@ def choose_phase(
         if budget and step >= budget:
             return _budget_spent(budget, ledger.open_phase, global_rows)
         return _go_on(ledger, chosen, wish, cfg)
-    fresh = new_shards(ledger, chosen)
     if not ledger.phases or wish.reset_epoch:
         shards = new_shards(Ledger(), chosen)  # each text once, whatever it is called
-    elif wish.only_new and fresh:
-        shards = fresh
     else:
-        return _nothing_to_do(ledger, fresh, wish, cfg)
+        shards = new_shards(ledger, chosen)
+        if not (wish.only_new and shards):
+            return _nothing_to_do(ledger, shards, wish, cfg)
     portions = _by_weight(shards, datasets, cfg.data.weights)
     if wish.replay:
         portions = _with_replay(portions, [s for s in pool(datasets) if s.meta.shard_id in ledger.shards_held()], wish.replay)

@@ -65,6 +65,8 @@ class Options:
     """Go on from the checkpoint of this step, beside the newer ones."""
     steal_lock: bool = False
     retry_anyway: bool = False
+    restarted: bool = False
+    """By the launcher, with the words of the first start: what these asked to begin may have begun."""
     write_samples: WriteSamples | None = None
     """Prompt -> what the model writes after it; asked on rank 0 after each validation."""
 
@@ -114,19 +116,21 @@ def _train(
     world.on_rank_0(lambda: _take_over(cfg.run_folder, lock, options.steal_lock) if cfg.run_folder.is_dir() else None)
     if options.fresh:
         world.on_rank_0(lambda: _move_aside(cfg.run_folder, lock))
+        train_shards, val_shards = open_shards(cfg, tokenizer, world)  # again: data.save_bin=false keeps shards in the folder that was moved
     checkpoint = world.together(lambda: newest(world, cfg.run_folder, options.from_step if fork is None else None))
     begins = fork is not None and checkpoint is None
     checkpoint = world.together(fork.open) if begins else checkpoint
     if checkpoint:
         accepted = [*options.accept_change, *(CHANGED_BY_ANNEAL if begins else ())]
-        world.together(lambda: check_identity(checkpoint, cfg, tokenizer, options.init_from, accepted))
+        world.together(lambda: check_identity(checkpoint, cfg, tokenizer, None if options.restarted else options.init_from, accepted))
     at = position(checkpoint)
     plan = world.together(lambda: batch_plan(cfg, world.size, checkpoint.manifest.global_rows if checkpoint else None))
 
     def choose(wish: Wish) -> Ledger | str:
         return world.together(lambda: choose_phase(at.ledger, train_shards, wish, cfg, at.step, plan.global_rows))
 
-    chosen = choose(options.wish)
+    has_begun = options.restarted and at.ledger.open_phase is not None
+    chosen = choose(replace(options.wish, reset_epoch=options.wish.reset_epoch and not has_begun))
     if isinstance(chosen, str):
         if checkpoint and not begins:  # whoever saved it may have been killed before it wrote this
             world.on_rank_0(lambda: write_view(cfg.run_folder, seen_view(at.ledger)))

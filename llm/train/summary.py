@@ -5,7 +5,7 @@ import time
 
 from llm.checkpoint import folder
 from llm.config import RunConfig
-from llm.log import clock, result
+from llm.log import clock, log, result
 from llm.train.budget import Sitting, horizon
 from llm.train.loop import Progress
 from llm.train.metrics import Metrics
@@ -30,8 +30,11 @@ def tell_sitting(cfg: RunConfig, at: Progress, sitting: Sitting, metrics: Metric
         "mfu": round(metrics.mfu(metrics.tokens_per_s), 4) if metrics.peak_flops else None,
         "why": reason,
     }
-    with open(cfg.log_folder / "sittings.jsonl", "a", encoding="utf-8") as file:
-        print(json.dumps(record), file=file)
+    try:
+        with open(cfg.log_folder / "sittings.jsonl", "a", encoding="utf-8") as file:
+            print(json.dumps(record), file=file)
+    except OSError as error:  # what was trained is saved all the same
+        log.warning(f"{cfg.log_folder / 'sittings.jsonl'}: cannot be written ({error.strerror}).")
     rows = _rows(cfg, at, record, seconds, global_rows)
     width = max(map(len, rows))
     result("This sitting:\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items()))

@@ -2,10 +2,12 @@
 
 import hashlib
 import os
+from pathlib import Path
 
 import pytest
 import torch
 
+from llm import durable
 from llm.checkpoint import direct
 
 PAGE_ELEMENTS = direct.PAGE // 4
@@ -75,3 +77,10 @@ def test_a_file_system_without_direct_writes_is_written_through_the_cache(tmp_pa
     monkeypatch.setattr(direct.os, "open", refusing)
     direct.write_checked(tmp_path / "x", [torch.ones(5)])
     assert (tmp_path / "x").read_bytes() == torch.ones(5).numpy().tobytes()
+
+
+@pytest.mark.skipif(not Path("/proc/self").exists(), reason="needs a file system that cannot sync folders")
+def test_a_file_system_that_cannot_sync_folders_fails_no_save():
+    with pytest.raises(OSError, match="Invalid argument"):
+        os.fsync(os.open("/proc", os.O_RDONLY))
+    durable.fsync_folder(Path("/proc"))

@@ -94,6 +94,12 @@ def test_a_damaged_checkpoint_is_not_thinned_and_an_unreadable_one_not_deleted(r
     assert names(run) == {f"step-00000000{step}-a1" for step in (1, 2, 6)} | {"RUN.json"}
 
 
+def test_a_checkpoint_whose_manifest_cannot_be_read_takes_no_sound_ones_place(run, capsys):
+    (run / "step-000000006-a1" / NAME).write_text("{}")
+    apply_retention(run, Retention(last=2), protect=[])
+    assert saved(run) == ["4", "5", "6"]
+
+
 def test_big_models_are_thinned_in_several_files_with_parameters_cut_where_needed(run, monkeypatch):
     monkeypatch.setattr("llm.checkpoint.weights.FILE_ELEMENTS", 300)
     apply_retention(run, Retention(last=1, best=1, thin=True), protect=[])

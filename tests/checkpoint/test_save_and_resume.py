@@ -17,7 +17,9 @@ from llm.checkpoint.manifest import NAME, Manifest, Parameter, read_manifest
 from llm.checkpoint.resume import newest, open_checkpoint
 from llm.checkpoint.saver import SMALL_FILES_BYTES, SaveFailed, save
 from llm.checkpoint.slices import KINDS, CheckpointError, Slice
+from llm.cli import MISTAKE, NEEDS_A_PERSON
 from llm.dist import World
+from llm.log import UserError
 
 NUMEL = 1000
 
@@ -214,6 +216,13 @@ def test_damaged_checkpoints_go_to_quarantine_and_the_newest_sound_one_is_used(t
     assert names(run / "quarantine") == {"step-000000002-a1", "step-000000003-a1"}
 
 
+def test_a_checkpoint_of_another_step_than_the_one_asked_for_is_refused(tmp_path):
+    path = save_step(World(), tmp_path, 2)
+    assert open_checkpoint(path, 2).manifest.step == 2
+    with pytest.raises(CheckpointError, match="is the checkpoint of step 2, not of 1"):
+        open_checkpoint(path, 1)
+
+
 def test_readers_pass_over_a_damaged_checkpoint_without_moving_it(tmp_path, capsys):
     for step in (1, 2):
         save_step(World(), tmp_path, step)
@@ -230,6 +239,53 @@ def test_with_every_checkpoint_damaged_the_run_refuses_to_start_from_zero(tmp_pa
     for _ in range(2):  # also the second time, when nothing but the quarantine is left
         with pytest.raises(CheckpointError, match="--fresh"):
             newest(World(), tmp_path)
+
+
+def resume_where_one_rank_cannot_look(world: World, place: str, blind: int) -> list:
+    """`blind`: the rank on a host where the shared file system is not mounted, or which was started in another folder."""
+    os.chdir("/" if world.rank == blind else place)
+    try:
+        found = newest(world, Path("run"))
+        return [found and found.manifest.step, None]
+    except UserError as error:
+        return [str(error), error.exit_code]
+
+
+@pytest.mark.parametrize("blind", [0, 1])
+def test_a_host_that_does_not_see_the_folder_stops_all_ranks_and_moves_nothing(tmp_path, blind):
+    run = tmp_path / "run"
+    run.mkdir()
+    for step in (1, 2):
+        save_step(World(), run, step)
+    before = names(run)
+    (first, code), other = run_ranks(resume_where_one_rank_cannot_look, 2, tmp_path, str(tmp_path), blind)
+    assert [first, code] == other and code == NEEDS_A_PERSON and "rank 1 s" in first
+    assert names(run) == before
+
+
+def test_a_damaged_checkpoint_that_cannot_be_moved_is_told_to_all_ranks(tmp_path):
+    run = tmp_path / "run"
+    run.mkdir()
+    flip_one_bit(next(save_step(World(), run, 1).glob("shard-*")), 5000)
+    (run / "quarantine").write_text("in the way")
+    (first, code), other = run_ranks(resume_where_one_rank_cannot_look, 2, tmp_path, str(tmp_path), -1)
+    assert [first, code] == other and code == MISTAKE and "cannot be moved to quarantine" in first
+
+
+def test_a_run_killed_before_it_noted_its_first_commit_does_not_start_from_zero_either(tmp_path):
+    flip_one_bit(next(save_step(World(), tmp_path, 1).glob("shard-*")), 5000)
+    (tmp_path / "RUN.json").unlink()
+    for _ in range(2):
+        with pytest.raises(CheckpointError, match="--fresh"):
+            newest(World(), tmp_path)
+
+
+def test_a_manifest_too_large_to_be_read_back_is_not_committed(tmp_path, monkeypatch):
+    save_step(World(), tmp_path, 1)
+    monkeypatch.setattr("llm.checkpoint.manifest.MAX_BYTES", 5000)
+    with pytest.raises(SaveFailed, match="its manifest would have .* bytes.*join small files"):
+        save_step(World(), tmp_path, 2, ledger={"units": ["f" * 64] * 100})
+    assert newest(World(), tmp_path).manifest.step == 1 and names(tmp_path) == {"step-000000001-a1", "RUN.json"}
 
 
 def test_a_return_to_an_older_step_becomes_the_newest_branch(tmp_path):

@@ -4,8 +4,9 @@ import numpy as np
 from counting_shards import counting_shards
 
 from llm.data.audit import audit_phase
+from llm.data.packing import BESTFIT
 from llm.data.permutation import Permutation
-from llm.data.phase import Phase
+from llm.data.phase import Phase, Portion
 from llm.data.sampler import Sampler
 
 
@@ -31,3 +32,17 @@ def test_tokens_are_counted_through_loss_masks(tmp_path):
         counted = Sampler(phase, shards).rows(np.arange(consumed))[1].sum()
         walked = replace(phase, consumed=consumed, first_step=1, last_step=1)
         assert audit_phase(walked, {s.meta.shard_id: s for s in shards}).targets == counted
+
+
+def test_without_the_shards_of_a_packed_phase_no_fewer_tokens_are_recounted_than_were_trained_on(tmp_path):
+    shards = counting_shards(tmp_path, [700, 300], doc_tokens=5)
+    phase = Phase.plan("p0", 1, 1, 8, shards, document_mask=True, packing=BESTFIT)
+    for consumed in range(1, phase.total + 1):
+        counted = Sampler(phase, shards).rows(np.arange(consumed))[1].sum()
+        assert audit_phase(replace(phase, consumed=consumed, first_step=1, last_step=1), {}).targets >= counted
+
+
+def test_a_sample_may_be_drawn_more_often_than_two_bytes_can_count(tmp_path):
+    old, new = counting_shards(tmp_path / "old", [2]), counting_shards(tmp_path / "new", [69_000])
+    phase = Phase.mix("p0", 3, 1, 1, [Portion("old", 1, old, is_replay=True), Portion("new", 1, new)])
+    assert audit_phase(replace(phase, consumed=phase.total, first_step=1, last_step=1), {}).problems == []

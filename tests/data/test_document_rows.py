@@ -186,3 +186,11 @@ def test_validation_is_cut_like_training(shards, packing):
     batches = list(eval_batches(shards, L, 4, 0, 1, document_mask=True, packing=packing))
     targets = [t for batch in batches for t in batch.targets_BT[batch.targets_BT != -100].tolist()]
     assert sorted(targets) == sorted(targets_due()) and all(batch.doc_ids_BT is not None for batch in batches)
+
+
+def test_of_a_hundred_packed_shards_none_is_packed_again_for_each_row(tmp_path):
+    shards = [shard_of(tmp_path, [5, 3, 4], first) for first in range(0, 1200, 12)]
+    sampler = sampler_of(shards, BESTFIT)
+    packed = bins_of.cache_info().misses
+    sampler.rows(np.arange(sampler.phase.total))
+    assert bins_of.cache_info().misses == packed

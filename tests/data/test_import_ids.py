@@ -1,10 +1,14 @@
 import json
 import os
+import subprocess
+import sys
 
 import pytest
 from counting_shards import TOKENIZER, write_counting
 
+from llm.data.ledger import Ledger, LedgerError, new_shards
 from llm.data.manifest import find_shards, import_ids
+from llm.data.phase import Phase
 from llm.data.shards import Shard, ShardError
 
 
@@ -49,6 +53,41 @@ def test_changed_contents_and_other_tokenizers_make_other_units(tmp_path):
     assert len({first.unit_ids[0], other.unit_ids[0], changed.unit_ids[0]}) == 3
 
 
+def test_a_file_that_has_grown_is_not_taken_for_a_new_text(tmp_path):
+    path = write_lists(tmp_path / "x.jsonl", [[i, 0] for i in range(1, 101)])
+    first = Shard.open(import_ids(path, tmp_path, TOKENIZER, 8).path)
+    ledger = Ledger().open(Phase.plan("p0", 3, 1, 8, [first]))
+    grown = Shard.open(import_ids(write_lists(path, [[i, 0] for i in range(1, 301)]), tmp_path, TOKENIZER, 8).path)
+    with pytest.raises(LedgerError, match="1 of its 4 units of text are known already, the rest is new.*in a file of its own"):
+        new_shards(ledger, [grown])
+    rest = Shard.open(import_ids(write_lists(tmp_path / "y.jsonl", [[i, 0] for i in range(101, 301)]), tmp_path, TOKENIZER, 8).path)
+    assert new_shards(ledger, [first, rest]) == [rest]
+
+
+IMPORTER = """
+import sys
+from counting_shards import TOKENIZER
+from llm.data.manifest import import_ids
+from llm.data.shards import Shard, verify_shard
+print("ready", flush=True)
+sys.stdin.readline()
+verify_shard(Shard.open(import_ids(sys.argv[1], sys.argv[2], TOKENIZER, 8).path))
+"""
+
+
+def test_runs_that_begin_at_once_on_one_file_find_one_whole_shard(tmp_path):
+    path = write_lists(tmp_path / "x.jsonl", [list(range(1, 400))] * 3000)
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join(sys.path)}
+    command = [sys.executable, "-c", IMPORTER, str(path), str(tmp_path / "out")]
+    runs = [subprocess.Popen(command, env=environment, stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True) for _ in range(3)]
+    assert [run.stdout.readline() for run in runs] == ["ready\n"] * 3
+    for run in runs:
+        run.stdin.write("go\n")
+        run.stdin.flush()
+    assert [(run.communicate(timeout=60), run.returncode)[1] for run in runs] == [0, 0, 0]
+    assert len(list((tmp_path / "out").iterdir())) == 4  # its three files and the lock
+
+
 def test_the_ids_of_a_shard_import_as_that_shard(tmp_path):
     shard = Shard.open(write_counting(tmp_path, "x", 50).path)
     starts = [0, *shard.doc_ends[:-1].tolist()]
@@ -72,7 +111,7 @@ def test_a_bad_line_is_named_by_its_number_and_nothing_is_written(tmp_path, line
     (tmp_path / "x.jsonl").write_text(f"[1, 0]\n\n{line}\n[2, 0]\n")
     with pytest.raises(ShardError, match=rf"x\.jsonl:3: .*{what}"):
         import_ids(tmp_path / "x.jsonl", tmp_path / "out", TOKENIZER, 8)
-    assert list((tmp_path / "out").iterdir()) == []
+    assert [path.name for path in (tmp_path / "out").iterdir()] == [".lock"]
 
 
 @pytest.mark.parametrize("text", ["", "\n\n", "[]\n"])

@@ -51,6 +51,24 @@ def test_a_missing_file_is_refused_at_open(meta, kind):
         Shard.open(meta.path)
 
 
+@pytest.mark.parametrize("kind", ["bin", "idx", "mask"])
+def test_a_file_that_goes_missing_after_its_shard_was_opened_is_a_damaged_shard_to_all_ranks(meta, kind):
+    shard = Shard.open(meta.path)
+    meta.file(kind).unlink()
+    read = {"bin": lambda: shard.tokens(0, 5), "idx": lambda: shard.doc_ends, "mask": lambda: shard.loss_mask(0, 5)}[kind]
+    with pytest.raises(ShardError, match=rf"x\.{kind}: opened before.*No such file" + REMEDY):
+        read()
+
+
+def test_a_file_that_goes_missing_while_its_shard_is_in_use_is_one_too(meta):
+    shard = Shard.open(meta.path)
+    shard.tokens(0, 5)
+    meta.file("bin").unlink()
+    shards_module._mapped.cache_clear()  # as when many other shards have been read since
+    with pytest.raises(ShardError, match=r"x\.bin: opened before"):
+        shard.tokens(0, 5)
+
+
 def test_a_missing_meta_is_refused(meta):
     meta.path.unlink()
     with pytest.raises(ShardError, match=r"x\.meta\.json: cannot be read" + REMEDY):

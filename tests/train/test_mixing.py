@@ -92,6 +92,7 @@ def test_the_part_of_old_data_is_that_asked_for_whatever_the_weights_of_the_new(
 @pytest.mark.parametrize(("wish", "weights", "told"), [
     ({"replay": 0.1}, {}, "goes with --only-new"),
     ({"replay": 1.0, "only_new": True}, {}, "--replay is 1"),
+    ({"replay": 0.1, "only_new": True, "reset_epoch": True}, {}, "without --reset-epoch"),
     ({}, {"x": 2}, "data.weights: x is none of the datasets in data.data_path: a, b, c"),
 ])  # fmt: skip
 def test_what_cannot_be_mixed_is_refused(datasets, wish, weights, told):

@@ -1,6 +1,12 @@
+from dataclasses import replace
+from types import SimpleNamespace
+
 import pytest
 
 from llm.config import TrainConfig
+from llm.data.permutation import ALGORITHM
+from llm.data.phase import Phase, PhaseShard, Share
+from llm.train.budget import horizon
 from llm.train.schedule import Horizon, lr_at
 
 
@@ -42,3 +48,13 @@ def test_a_second_phase_warms_up_again_from_its_own_start():
 
 def test_percentages_are_of_the_horizon():
     assert rates(train(warmup_steps="10%"), Horizon(0, 50, True))[4] == 1.0
+
+
+def test_a_phase_whose_batch_was_changed_on_the_way_has_the_steps_that_its_rest_takes():
+    shards, shares = (PhaseShard("a", "a", 801, 100, ()),), (Share("", 1, 1, False),)
+    phase = Phase("p0", 3, 1, 8, shards, shares, 0, ALGORITHM, None, None, "", ())
+    cfg = SimpleNamespace(train=train(total_step_budget=0))
+    assert horizon(cfg, phase, 4, 0).end == 25
+    after_ten_steps = replace(phase, consumed=40, first_step=1, last_step=10)
+    assert horizon(cfg, after_ten_steps, 4, 10).end == 25
+    assert horizon(cfg, after_ten_steps, 20, 10).end == 13  # not at step 5 already, nor in the middle of the data

@@ -1,6 +1,7 @@
 """What a sitting leaves behind beside its checkpoints: metrics, TensorBoard, the log of sittings, the view of the ledger."""
 
 import json
+from pathlib import Path
 
 import pytest
 from little_run import make_run, sit
@@ -126,3 +127,29 @@ def test_three_refused_updates_in_a_row_stop_the_run_without_saving_them(tmp_pat
     first, second = run_ranks(lose_the_loss_in_the_third_step, 2, tmp_path, str(config), 3)
     assert first == second and first.startswith("3 updates in a row")
     assert not folder.entries(run_of(config))
+
+
+def begin_afresh(world: World, config: str) -> int:
+    sit(world, config, steps_today=2)
+    return sit(world, config, fresh=True, steps_today=3)["step"]
+
+
+def test_a_run_of_bare_ids_begins_afresh_though_its_shard_lay_in_the_folder_that_is_moved(tmp_path):
+    ids = tmp_path / "mine.jsonl"
+    ids.write_text("".join(f"[{n}, {n + 1}, 0]\n" for n in range(1, 60)))
+    config = make_run(tmp_path, data_path=str(ids), save_bin=False)
+    assert run_ranks(begin_afresh, 1, tmp_path, str(config)) == [3]
+    assert len(list((tmp_path / "checkpoints").glob("little.before-*"))) == 1
+
+
+@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
+def test_logs_on_a_full_disk_lose_their_lines_and_training_goes_on(tmp_path):
+    config = make_run(tmp_path)
+    logs = run_of(config) / "logs"
+    logs.mkdir(parents=True)
+    for name in ("metrics.jsonl", "sittings.jsonl", "starts.jsonl"):
+        (logs / name).symlink_to("/dev/full")
+    run_ranks(sit, 1, tmp_path, str(config))
+    assert folder.entries(run_of(config))[-1].step == 10
+    told = (logs / "rank-0.log").read_text()
+    assert told.count("what is told there is lost for now") == 1 and "No space left on device" in told
