@@ -4,7 +4,8 @@ from collections.abc import Callable
 
 import torch
 
-from llm.config import BatchPlan, ConfigError, RunConfig, smaller_rows
+from llm.batch_plan import BatchPlan, smaller_rows
+from llm.config import ConfigError, RunConfig
 from llm.data.stream import Batch, Stream
 from llm.dist import World
 from llm.engine.protocol import Engine, Update

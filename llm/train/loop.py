@@ -6,8 +6,9 @@ from collections.abc import Callable
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING
 
+from llm.batch_plan import BatchPlan
 from llm.checkpoint.saver import Fenced, SaveFailed
-from llm.config import BatchPlan, RunConfig, interval_steps
+from llm.config import RunConfig, interval_steps
 from llm.data.ledger import Ledger
 from llm.data.stream import Stream, chain, count_targets, step_digest
 from llm.dist import World
@@ -56,25 +57,32 @@ class Progress:
     epoch_end: bool = False
 
 
-def train_phase(
-    cfg: RunConfig,
-    plan: BatchPlan,
-    world: World,
-    engine: Engine,
-    stream: Stream,
-    at: Progress,
-    sitting: Sitting,
-    stop: StopFlag,
-    metrics: Metrics,
-    validate: Callable[[], dict[str, float]] | None,
-    measure: Callable[[], dict[str, float]] | None,
-    keeper: "Keeper",
-    watchdog: Watchdog,
-) -> str:
+@dataclass(frozen=True)
+class Ready:
+    """What a sitting trains with, on this rank."""
+
+    cfg: RunConfig
+    plan: BatchPlan
+    world: World
+    engine: Engine
+    keeper: "Keeper"
+    metrics: Metrics
+    sitting: Sitting
+    stop: StopFlag
+    watchdog: Watchdog
+    validate: Callable[[], dict[str, float]] | None
+    measure: Callable[[], dict[str, float]] | None
+
+
+def train_phase(ready: Ready, stream: Stream, at: Progress) -> str:
     """Train on the open phase until it, the budget or the sitting ends; returns why it stopped. Collective. `at` moves along.
 
     Samples are drawn by position alone: step t takes draws [consumed, consumed + global_rows) of the phase, however many ranks there are.
     """
+    cfg, plan, world, engine, keeper, metrics, sitting = ready.cfg, ready.plan, ready.world, ready.engine, ready.keeper, ready.metrics, ready.sitting
+    stop, watchdog = ready.stop, ready.watchdog
+    validate = ready.validate and watchdog.during("validation", ready.validate)
+    measure = ready.measure and watchdog.during("evaluation", ready.measure)
     phase = at.ledger.open_phase
     over = horizon(cfg, phase, plan.global_rows, at.step)
     intervals = cfg.checkpoint.save_every, cfg.train.eval_every, cfg.eval.every
@@ -106,6 +114,9 @@ def train_phase(
         sitting.saving_s += took_s
         # at the end one may still be on its way, and another has to follow
         sitting.slowest_save_s = max(sitting.slowest_save_s, took_s, 2 * keeper.write_s)
+
+    def is_due(every: int) -> bool:
+        return every > 0 and at.step % every == 0
 
     def save_now(wait: bool) -> None:
         attempt(keeper.finish)  # one at a time
@@ -167,15 +178,14 @@ def train_phase(
         collect_garbage(at.step)
         at.epoch_end = phase.passes(drawn + rows) > phase.passes(drawn)
         done = at.ledger.open_phase is None or at.step == over.end
-        if measure and ((tasks_every and at.step % tasks_every == 0) or done):
+        if measure and (done or is_due(tasks_every)):
             metrics.tasks(at.step, sitting.validation(measure))
-        if validate and ((eval_every and at.step % eval_every == 0) or done):
+        at.metrics.pop("val_loss", None)  # retention compares checkpoints by it: an old value must not stand for new weights
+        if validate and (done or is_due(eval_every)):
             result = sitting.validation(validate)
             metrics.validation(at.step, result)
-            at.metrics["val_loss"], at.metrics["val_step"] = result["loss"], float(at.step)
-        elif at.metrics.get("val_step") != at.step:
-            at.metrics.pop("val_loss", None)  # retention compares checkpoints by it: an old value must not stand for new weights
-        if (save_every and at.step % save_every == 0) or at.epoch_end or done:
+            at.metrics |= {"val_loss": result["loss"] if math.isfinite(result["loss"]) else None, "val_step": float(at.step)}
+        if done or at.epoch_end or is_due(save_every):
             save_now(wait=done)
         if done:
             break

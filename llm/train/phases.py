@@ -2,7 +2,10 @@
 
 import math
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from llm.checkpoint import folder
+from llm.checkpoint.template import template_file
 from llm.config import ConfigError, RunConfig
 from llm.data.ledger import Ledger, new_shards
 from llm.data.packing import BESTFIT
@@ -115,11 +118,18 @@ def _budget_spent(budget: int, phase: Phase, global_rows: int) -> str:
     )
 
 
+def use_of(run: Path) -> str:
+    """The command that shows what a run has learned: a chat, if conversations were among it."""
+    newest = folder.entries(run)
+    is_assistant = newest and template_file(newest[-1].path)
+    return f"python launch/chat.py {run}" if is_assistant else f"python launch/generate.py {run} --prompt TEXT"
+
+
 def _nothing_to_do(ledger: Ledger, fresh: list[Shard], wish: Wish, cfg: RunConfig) -> str:
     if wish.only_new:
         return "Nothing new: every text in these datasets has been in a phase of this run already. Add files, tokenize them, and run again."
     seen = f"This run has finished all of its {len(ledger.phases)} phases: it is already trained on this data."
     new = f" {len(fresh)} shards are new: add --only-new to train on them." if fresh else " With new files: tokenize them and add --only-new."
     again = " For another pass over the same data: --reset-epoch."
-    other = f" To use the model: python launch/generate.py {cfg.run_folder} --prompt TEXT"
+    other = f" To use the model: {use_of(cfg.run_folder)}"
     return seen + new + again + other
