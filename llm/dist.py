@@ -119,6 +119,11 @@ def has_launcher() -> bool:
     return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
 
 
+def is_restarted() -> bool:
+    """Whether torchrun or Slurm has started this command before, and now does so again by itself."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+
+
 def mpi_ranks() -> int:
     """Processes that an mpirun has started together with this one; 1 without it."""
     return int(os.environ.get("OMPI_COMM_WORLD_SIZE") or os.environ.get("PMI_SIZE") or 1)

@@ -189,7 +189,7 @@ def test_init_from_starts_a_new_run_with_the_others_weights_and_an_empty_ledger(
 def test_fresh_moves_the_old_run_aside_and_begins_at_step_0(config, tmp_path):
     assert train("--config", config, "--steps-today", "2").returncode == 0
     done = train("--config", config, "--steps-today", "1", "--fresh")
-    assert "starts at step 0" in done.stdout
+    assert "starts at step 0" in done.stdout and "Run the same command again, without --fresh, to go on." in done.stdout
     assert len(list((tmp_path / "checkpoints").glob("little.before-*/step-000000002-a1"))) == 1
 
 

@@ -14,7 +14,7 @@ from llm.data.sampler import Sampler
 from llm.data.seen import seen_view
 from llm.data.shards import Shard
 from llm.data.stream import Stream, eval_batches
-from llm.dist import World
+from llm.dist import World, is_restarted
 from llm.engine import Engine, process
 from llm.engine.attention_kernel import attention_kernel, kernels_in_order
 from llm.engine.protocol import autocast
@@ -32,7 +32,7 @@ from llm.train.fit import fitted
 from llm.train.keeper import Keeper, write_view
 from llm.train.loop import Progress, Ready, train_phase
 from llm.train.metrics import Metrics
-from llm.train.phases import Wish, row_cut
+from llm.train.phases import row_cut
 from llm.train.probe import ACCEPT, Probe, probe_shards
 from llm.train.start import Found, Options, WriteSamples, build_loaded_engine, find, make_folders, open_source
 from llm.train.starts import note_start
@@ -54,15 +54,23 @@ def train(cfg: RunConfig, world: World, options: Options, measure: Measure | Non
     sitting = world.together(lambda: Sitting(options.started_at, options.steps_today, options.minutes_today, options.tokens_today))
     fork = find_fork(world, cfg, options.anneal, options.from_step) if options.anneal else None
     cfg = fork.config(cfg) if fork else cfg
+    world.together(lambda: _refuse_to_begin_again(options))
     with _guarded(cfg, world) as guards:
         found = find(cfg, world, options, fork, guards.lock)
         chosen = found.choose(options.wish)
         if isinstance(chosen, Ledger):
-            guards.note.ended(_train(found, chosen, options.wish, _prepare(found, chosen, options, measure, fork, sitting, guards)))
+            guards.note.ended(_train(found, chosen, options, _prepare(found, chosen, options, measure, fork, sitting, guards)))
             return
         if found.checkpoint and not found.begins_fork:  # whoever saved it may have been killed before it wrote this
             world.on_rank_0(lambda: write_view(cfg.run_folder, seen_view(found.at.ledger)))
         result(chosen)
+
+
+def _refuse_to_begin_again(options: Options) -> None:
+    """A launcher starts its ranks anew with the very words of the first time, when what they had begun is to go on."""
+    if is_restarted() and (again := {"--fresh", "--from-step"}.intersection(options.begins_with)):
+        flag = min(again)
+        raise NeedsAPerson(f"{flag}: this is a restart, and it would begin where the first start began. Start again without {flag} to go on.")
 
 
 @dataclass(frozen=True)
@@ -92,7 +100,7 @@ def _guarded(cfg: RunConfig, world: World) -> Iterator[Guards]:
         stop.restore()
 
 
-def _train(found: Found, ledger: Ledger, wish: Wish, ready: Ready) -> str:
+def _train(found: Found, ledger: Ledger, options: Options, ready: Ready) -> str:
     """The open phase, and with --only-new those that follow it; then tell what was done. Returns why it ended."""
     at, first_step, why = found.at, found.at.step, None
     try:
@@ -101,8 +109,8 @@ def _train(found: Found, ledger: Ledger, wish: Wish, ready: Ready) -> str:
             ready.metrics.end_step, ready.metrics.run_end_step = _end_steps(ready, at)
             with closing(ready.world.together(lambda: _stream(at.ledger, found.train_shards, ready.plan, ready.world))) as stream:
                 why = train_phase(ready, stream, at)
-            if why == "phase finished" and wish.only_new:
-                chosen = found.choose(replace(wish, reset_epoch=False))
+            if why == "phase finished" and options.wish.only_new:
+                chosen = found.choose(replace(options.wish, reset_epoch=False))
                 ledger, why = (chosen, None) if isinstance(chosen, Ledger) else (ledger, chosen)
     except NeedsAPerson:  # the loop has saved what may be saved
         raise
@@ -113,7 +121,7 @@ def _train(found: Found, ledger: Ledger, wish: Wish, ready: Ready) -> str:
         ready.keeper.close()
         ready.metrics.close()
     if ready.world.rank == 0:
-        tell_sitting(ready.cfg, at, ready.sitting, ready.metrics, first_step, why, ready.plan.global_rows)
+        tell_sitting(ready.cfg, at, ready.sitting, ready.metrics, first_step, why, ready.plan.global_rows, options.begins_with)
     return why
 
 

@@ -53,6 +53,17 @@ class Options:
     write_samples: WriteSamples | None = None
     """Prompt -> what the model writes after it; asked on rank 0 after each validation."""
 
+    @property
+    def begins_with(self) -> list[str]:
+        """The flags that say how something begins: given once more they would begin it once more, or be refused."""
+        given = {
+            "--fresh": self.fresh,
+            "--from-step": self.from_step is not None and self.anneal is None,
+            "--init-from": self.init_from is not None,
+            "--reset-epoch": self.wish.reset_epoch,
+        }
+        return [flag for flag, is_given in given.items() if is_given]
+
 
 @dataclass(frozen=True)
 class Found:
