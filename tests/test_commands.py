@@ -97,6 +97,11 @@ def test_a_mistake_gets_one_message_exit_code_2_and_leaves_nothing_behind(config
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_logs_that_can_go_nowhere_are_told_before_anything_is_written_to_them(config):
+    done = train("--config", config, "log.out_dir=/sys")
+    assert done.returncode == 2 and "/sys/.tmp-probe: cannot be written" in done.stderr and "log.out_dir" in done.stderr
+
+
 def test_a_truncated_shard_and_an_id_beyond_the_vocabulary_are_told_with_file_and_remedy(config, tmp_path):
     path = next((tmp_path / "data").glob("train-00000.bin"))
     whole = path.read_bytes()
@@ -206,6 +211,10 @@ def test_a_list_of_ids_a_line_is_trained_on_as_a_shard(config, tmp_path):
     done = train("--config", config, f"data_path={ids}", "run_name=lists")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "ids.imported").is_dir()
+    inside = ("--config", config, f"data_path={ids}", "run_name=inside", "data.save_bin=false")
+    for words in ((), ("--fresh",)):
+        done = train(*inside, *words)
+        assert done.returncode == 0 and "starts at step 0" in done.stdout, done.stdout + done.stderr
     ids.write_text("[1, 2, 99999]\n")
     refused = train("--config", config, f"data_path={ids}", "run_name=bad")
     assert refused.returncode == 2 and "99999" in (refused.stdout + refused.stderr).replace(",", "")

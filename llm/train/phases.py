@@ -128,7 +128,7 @@ def use_of(run: Path) -> str:
 def _nothing_to_do(ledger: Ledger, fresh: list[Shard], wish: Wish, cfg: RunConfig) -> str:
     if wish.only_new:
         return "Nothing new: every text in these datasets has been in a phase of this run already. Add files, tokenize them, and run again."
-    seen = f"This run has finished all of its {len(ledger.phases)} phases: it is already trained on this data."
+    seen = f"This run has finished all its phases ({len(ledger.phases)}): it is already trained on this data."
     new = f" {len(fresh)} shards are new: add --only-new to train on them." if fresh else " With new files: tokenize them and add --only-new."
     again = " For another pass over the same data: --reset-epoch."
     other = f" To use the model: {use_of(cfg.run_folder)}"

@@ -112,6 +112,9 @@ def make_folders(cfg: RunConfig, lock: RunLock, fresh: bool) -> None:
         aside = cfg.run_folder.with_name(f"{cfg.run_folder.name}.before-{time.strftime('%Y%m%dT%H%M%S')}")
         cfg.run_folder.rename(aside)
         lock.leave(aside)
+        for imported in aside.glob("*.imported"):  # with data.save_bin=false: this sitting's data, found or made there a moment ago
+            cfg.run_folder.mkdir(exist_ok=True)
+            imported.rename(cfg.run_folder / imported.name)
         log.info(f"--fresh: the old run is now {aside}")
     looked_before = lock.owner is None  # for checkpoints, when the folder was not there to be locked
     try:
