@@ -125,9 +125,7 @@ def _train(found: Found, ledger: Ledger, options: Options, ready: Ready) -> str:
     return why
 
 
-def _prepare(
-    found: Found, ledger: Ledger, options: Options, measure: Measure | None, fork: Fork | None, sitting: Sitting, guards: Guards
-) -> Ready:
+def _prepare(found: Found, ledger: Ledger, options: Options, measure: Measure | None, fork: Fork | None, sitting: Sitting, guards: Guards) -> Ready:
     """Check what is left to check, then begin to write: folders, logs, the model in its engine with the checkpoint's state in it."""
     cfg, world, at, plan, checkpoint, tokenizer = found.cfg, found.world, found.at, found.plan, found.checkpoint, found.tokenizer
     if fork:
