@@ -1,6 +1,6 @@
 """How one optimizer step is cut into micro-batches on ranks: the only place where rows, ranks and accumulation are divided."""
 
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 from llm.config import ConfigError, RunConfig
 
@@ -27,10 +27,6 @@ class BatchPlan:
     @property
     def rank_rows(self) -> int:
         return self.global_rows // self.ranks
-
-    def with_rows(self, micro_rows: int) -> "BatchPlan":
-        """The same global batch in other micro-batches."""
-        return replace(self, micro_rows=micro_rows)
 
     def __str__(self) -> str:
         return (
