@@ -2,6 +2,7 @@
 
 import math
 from dataclasses import dataclass, replace
+from fractions import Fraction
 from pathlib import Path
 
 from llm.checkpoint import folder
@@ -92,6 +93,19 @@ def _with_replay(portions: list[Portion], old: list[Shard], part: float) -> list
 def row_cut(cfg: RunConfig) -> dict:
     """How rows are made of documents, as a phase notes it."""
     return {"document_mask": cfg.data.document_mask, "packing": BESTFIT if cfg.data.packing else None}
+
+
+def for_the_next_phase(phase: Phase, cfg: RunConfig) -> list[str]:
+    """Settings that an open phase does not have, because it keeps those that it began with."""
+    given, weights = [], {share.name: share.weight for share in phase.shares if not share.is_replay}
+    if cfg.train.epochs != phase.epochs:
+        given.append(f"train.epochs {cfg.train.epochs}")
+    if weights.keys() <= {"", "new"}:  # one share of everything: what `_by_weight` and `_with_replay` call it
+        is_as_given = not cfg.data.weights
+    else:  # a replay has multiplied all of them by one number
+        wanted = {name: cfg.data.weights.get(name, 1) for name in weights}
+        is_as_given = len({Fraction(weights[name], wanted[name]) for name in weights}) == 1
+    return given if is_as_given else [*given, f"data.weights {cfg.data.weights}"]
 
 
 def _go_on(ledger: Ledger, chosen: list[Shard], wish: Wish, cfg: RunConfig) -> Ledger:

@@ -32,7 +32,7 @@ from llm.train.fit import fitted
 from llm.train.keeper import Keeper, write_view
 from llm.train.loop import Progress, Ready, train_phase
 from llm.train.metrics import Metrics
-from llm.train.phases import row_cut
+from llm.train.phases import for_the_next_phase, row_cut
 from llm.train.probe import ACCEPT, Probe, probe_shards
 from llm.train.start import Found, Options, WriteSamples, build_loaded_engine, find, make_folders, open_source
 from llm.train.starts import note_start
@@ -232,7 +232,7 @@ def _introduce(
     again = f"; {len(engine.recomputed_blocks(layers))} of {layers} blocks recomputed" if engine.activation_checkpointing else ""
     log.info(f"attention: {kernel}; {'compiled' if engine.compile else 'not compiled (engine.compile)'}{again}")
     cut = f" packed ({phase.padding:.1%} padding)" if phase.packing else ""
-    kept = f" (train.epochs {cfg.train.epochs} is for the next phase)" if cfg.train.epochs != phase.epochs else ""
+    kept = "".join(f" ({setting} is for the next phase)" for setting in for_the_next_phase(phase, cfg))
     log.info(
         f"phase {phase.name}: {phase.samples:,} samples{cut} x {phase.epochs} epochs{kept} from {len(phase.shards)} shards, {phase.consumed:,} "
         f"consumed; the schedule runs to step {horizon(cfg, phase, plan.global_rows, at.step).end:,}"
