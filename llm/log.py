@@ -50,6 +50,7 @@ _early = MemoryHandler(1000, flushLevel=logging.CRITICAL + 1)  # what is said be
 _early.buffer = deque(maxlen=1000)  # else a script that has no log file, such as a chat server, would keep every line for ever
 log.addHandler(_handler)
 log.addHandler(_early)
+logging.addLevelName(RESULT, "RESULT")  # as it stands in log files
 log.setLevel(logging.DEBUG)  # the log file of a run has every line, whatever the terminal shows
 log.propagate = False
 

@@ -95,6 +95,7 @@ def test_the_first_lines_tell_how_many_blocks_are_recomputed_and_of_epochs_that_
     config = make_run(tmp_path)
     run_ranks(sit_three_times, 1, tmp_path, str(config))
     told = (logs(config) / "rank-0.log").read_text()
+    assert told.count(" RESULT This sitting:\n") == 3
     assert re.findall(r"\d of \d blocks recomputed", told) == ["1 of 2 blocks recomputed", "0 of 2 blocks recomputed"]
     assert re.findall(r"x 1 epochs (\(.*?\))", told) == ["(train.epochs 3 is for the next phase)"]
 
