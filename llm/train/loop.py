@@ -4,6 +4,7 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from logging import DEBUG, ERROR, WARNING
 from typing import TYPE_CHECKING
 
 from llm.batch_plan import BatchPlan
@@ -94,6 +95,10 @@ def train_phase(ready: Ready, stream: Stream, at: Progress) -> str:
     guard = SpikeGuard(cfg.train.spike_sigma, cfg.train.spike_window, at.recent)
     stragglers = Stragglers(world, cfg.log.log_every, metrics)
 
+    def tell(level: int, text: str) -> None:
+        """Once, for all ranks know the same."""
+        log.log(level if world.rank == 0 else DEBUG, text)
+
     def attempt(part: Callable[[], int | None]) -> None:
         """Do a part of a save. It returns the step that is in a checkpoint now, or None when its files are still being written."""
         nonlocal saved_step, failed_saves
@@ -107,7 +112,7 @@ def train_phase(ready: Ready, stream: Stream, at: Progress) -> str:
             raise NeedsAPerson(f"The {error}. The last one is of step {saved_step:,}.") from None
         except SaveFailed as error:
             failed_saves += 1
-            log.error(f"The {error}. Older ones are untouched; training goes on.")
+            tell(ERROR, f"The {error}. Older ones are untouched; training goes on.")
             if failed_saves == FAILED_SAVES_IN_A_ROW:
                 raise NeedsAPerson(f"{failed_saves} checkpoints in a row could not be saved. The {error}. {error.advice}") from None
         took_s = time.monotonic() - started_at
@@ -150,8 +155,7 @@ def train_phase(ready: Ready, stream: Stream, at: Progress) -> str:
         else:  # a step of somebody's questions alone, where rows are few and short
             update, why = Update(math.nan, math.nan, applied=False), NO_TARGETS
         if why:
-            tell = log.error if world.rank == 0 else log.debug  # all know the same
-            tell(f"step {at.step + 1:,}: {why}, so the update was not applied on any rank; its samples are noted as skipped.")
+            tell(ERROR, f"step {at.step + 1:,}: {why}, so the update was not applied on any rank; its samples are noted as skipped.")
             metrics.fault(at.step + 1, "skipped", why)
             if refused >= REFUSED_IN_A_ROW:
                 break
@@ -171,8 +175,7 @@ def train_phase(ready: Ready, stream: Stream, at: Progress) -> str:
             )
             at.metrics["train_loss"] = update.loss
             if odd := guard.applied(update.loss, update.grad_norm):
-                tell = log.warning if world.rank == 0 else log.debug
-                tell(f"step {at.step:,}: {odd}. {_ADVICE_ON_NORMS.format(saved_step=saved_step)}")
+                tell(WARNING, f"step {at.step:,}: {odd}. {_ADVICE_ON_NORMS.format(saved_step=saved_step)}")
                 metrics.fault(at.step, "grad_norm_spike", odd)
 
         collect_garbage(at.step)
@@ -194,7 +197,7 @@ def train_phase(ready: Ready, stream: Stream, at: Progress) -> str:
     if at.step > saved_step and refused < REFUSED_IN_A_ROW:
         save_now(wait=True)
     if problems:
-        world.together(lambda: _reraise(problem))
+        world.together(lambda: reraise(problem))
     if refused >= REFUSED_IN_A_ROW:
         raise NeedsAPerson(
             f"{refused} updates in a row were refused, the last at step {at.step + 1:,}: {why}. Nothing was saved since step {saved_step:,}. "
@@ -210,6 +213,6 @@ def train_phase(ready: Ready, stream: Stream, at: Progress) -> str:
     return asked or world.broadcast(sitting.over())
 
 
-def _reraise(problem: UserError | None) -> None:
+def reraise(problem: UserError | None) -> None:
     if problem:
         raise problem

@@ -30,7 +30,7 @@ from llm.train.exits import ExitNote, NeedsAPerson
 from llm.train.faults import StopFlag
 from llm.train.fit import fitted
 from llm.train.keeper import Keeper, write_view
-from llm.train.loop import Progress, Ready, train_phase
+from llm.train.loop import Progress, Ready, reraise, train_phase
 from llm.train.metrics import Metrics
 from llm.train.phases import for_the_next_phase, row_cut
 from llm.train.probe import ACCEPT, Probe, probe_shards
@@ -58,12 +58,13 @@ def train(cfg: RunConfig, world: World, options: Options, measure: Measure | Non
     with _guarded(cfg, world) as guards:
         found = find(cfg, world, options, fork, guards.lock)
         chosen = found.choose(options.wish)
-        if isinstance(chosen, Ledger):
-            guards.note.ended(_train(found, chosen, options, _prepare(found, chosen, options, measure, fork, sitting, guards)))
+        if isinstance(chosen, str):
+            if found.checkpoint and not found.begins_fork:  # whoever saved it may have been killed before it wrote this
+                world.on_rank_0(lambda: write_view(cfg.run_folder, seen_view(found.at.ledger)))
+            result(chosen)
             return
-        if found.checkpoint and not found.begins_fork:  # whoever saved it may have been killed before it wrote this
-            world.on_rank_0(lambda: write_view(cfg.run_folder, seen_view(found.at.ledger)))
-        result(chosen)
+        ready = _prepare(found, chosen, options, measure, fork, sitting, guards)
+        guards.note.ended(_train(found, chosen, options, ready))
 
 
 def _refuse_to_begin_again(options: Options) -> None:
@@ -112,8 +113,9 @@ def _train(found: Found, ledger: Ledger, options: Options, ready: Ready) -> str:
             if why == "phase finished" and options.wish.only_new:
                 chosen = found.choose(replace(options.wish, reset_epoch=False))
                 ledger, why = (chosen, None) if isinstance(chosen, Ledger) else (ledger, chosen)
-    except NeedsAPerson:  # the loop has saved what may be saved
-        raise
+    except NeedsAPerson as error:  # the loop has saved what may be saved
+        problem = error
+        ready.world.together(lambda: reraise(problem))  # all ranks have it, and one tells it
     except Exception:
         _save_after_error(ready, at)
         raise

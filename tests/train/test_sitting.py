@@ -129,6 +129,8 @@ def test_three_refused_updates_in_a_row_stop_the_run_without_saving_them(tmp_pat
     told = run_ranks(lose_the_loss_in_the_third_step, ranks, tmp_path, str(config), 3)
     assert len(set(told)) == 1 and told[0].startswith("3 updates in a row") and "Nothing was saved since step 0" in told[0]
     assert not folder.entries(run_of(config))
+    logs = [(run_of(config) / "logs" / f"rank-{rank}.log").read_text() for rank in range(ranks)]
+    assert [log.count("ERROR 3 updates in a row") for log in logs] == ([1, 0] if ranks == 2 else [0]), "of several ranks one tells it"
 
 
 def run_away(world: World, config: str) -> str:
