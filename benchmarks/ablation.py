@@ -18,7 +18,8 @@ from machine import in_rounds, machine, write_json
 from step import changed, setting, take_turns, warm
 
 from llm import cli
-from llm.config import RunConfig, batch_plan, load_config
+from llm.batch_plan import batch_plan
+from llm.config import RunConfig, load_config
 from llm.data.stream import Batch
 from llm.dist import World
 from llm.engine import build_engine

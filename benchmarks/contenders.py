@@ -6,7 +6,8 @@ from collections.abc import Callable
 import torch
 from nanogpt_loop import GPT, Loop
 
-from llm.config import RunConfig, batch_plan
+from llm.batch_plan import batch_plan
+from llm.config import RunConfig
 from llm.dist import World
 from llm.log import log
 

@@ -20,7 +20,8 @@ from nanogpt_loop import Loop
 from step import changed
 
 from llm import cli
-from llm.config import RunConfig, batch_plan, load_config
+from llm.batch_plan import batch_plan
+from llm.config import RunConfig, load_config
 from llm.data.phase import Phase
 from llm.data.sampler import Sampler
 from llm.data.stream import Batch, count_targets, eval_batches, micro_batches

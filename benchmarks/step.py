@@ -31,7 +31,8 @@ from machine import in_rounds, machine, write_json
 from nanogpt_loop import Loop
 
 from llm import cli
-from llm.config import RunConfig, batch_plan, check_config, load_config
+from llm.batch_plan import batch_plan
+from llm.config import RunConfig, check_config, load_config
 from llm.data.stream import Batch
 from llm.dist import World
 from llm.engine import build_engine

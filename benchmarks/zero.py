@@ -16,7 +16,8 @@ from machine import in_rounds, machine, write_json
 from step import changed, draw, tally_step
 
 from llm import cli
-from llm.config import RunConfig, batch_plan, load_config
+from llm.batch_plan import batch_plan
+from llm.config import RunConfig, load_config
 from llm.dist import World, joined, pick_device
 from llm.engine.process import settled
 from llm.log import log

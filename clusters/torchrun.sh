@@ -9,7 +9,8 @@
 set -euo pipefail
 cd "$(dirname "$0")/.."
 
-head=$(getent ahostsv4 "${HEAD:?the address of the host where all meet}" | awk 'NR == 1 { print $1 }')
+: "${HEAD:?the address of the host where all meet}"
+head=$(getent ahostsv4 "$HEAD" | awk 'NR == 1 { print $1 }') || true # told in the next line
 here=$(ip -4 -oneline route get "${head:?HEAD=$HEAD is no address and no name that is known here}" | sed -n 's/.* src \([0-9.]*\).*/\1/p')
 
 # is_host and --local-addr: torchrun would look up this host's own name, which on many systems is 127.0.1.1, and nobody would be found

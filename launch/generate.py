@@ -72,7 +72,7 @@ def prompts(args) -> list[str]:
     path = args.prompts or args.prompt_file
     try:
         text = path.read_text(encoding="utf-8") if path else sys.stdin.read() if args.prompt == "-" else args.prompt
-        lines = [line for line in text.splitlines() if line.strip()] if args.prompts else [text]
+        lines = [line for line in text.split("\n") if line.strip()] if args.prompts else [text]  # JSON strings may hold other line breaks
         texts = [_text_of(json.loads(line)) for line in lines] if args.prompts and path.suffix == ".jsonl" else lines
     except (OSError, ValueError) as error:
         raise UserError(f"{path or '--prompt'}: cannot be read as a prompt ({error}).") from None

@@ -32,9 +32,6 @@ def main() -> None:
     from llm.config import load_config
     from llm.train.launcher_watch import watch_launcher
 
-    restarted = dist.is_restart()
-    if restarted and (args.fresh or (args.from_step is not None and args.anneal is None)):
-        parser.error("started once more by the launcher, --fresh or --from-step would undo what the job did so far: start one without them")
     if dist.has_launcher():
         watch_launcher()  # before torch is imported, which takes seconds
     overrides = [*args.overrides, *([f"engine.device={args.device}"] if args.device else [])]
@@ -61,8 +58,7 @@ def main() -> None:
             accept_change=accepted,
             from_step=args.from_step,
             steal_lock=args.steal_lock,
-            retry_anyway=args.retry_anyway and not restarted,
-            restarted=restarted,
+            retry_anyway=args.retry_anyway and not dist.is_restarted(),
             write_samples=_write_samples(cfg) if cfg.log.sample_prompts else None,
         )
         train(cfg, world, options, tasks(cfg, world))

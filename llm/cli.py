@@ -2,6 +2,7 @@
 
 import argparse
 import os
+import signal
 import sys
 from collections.abc import Callable
 from contextlib import suppress
@@ -90,6 +91,8 @@ def run(main: Callable[[], int | None]) -> None:
     except KeyboardInterrupt:
         print("interrupted", file=terminal(), flush=True)
         code = 130
+    except BrokenPipeError:  # `| head`: whoever read has enough, and what is left in buffers can go nowhere
+        os._exit(128 + signal.SIGPIPE)
     _leave(code)
 
 

@@ -24,10 +24,10 @@ from pydantic import (
 
 from llm.log import UserError
 
-AUTO_TOKENS = 65_536  # batch_size: auto looks at no larger micro-batches: they gain nothing more
 VOCAB_MULTIPLE = 128  # padded vocabularies keep the head's matmul on aligned tiles
 MAX_PROFILED = 100  # steps
 Fraction = Annotated[float, Field(ge=0, le=1)]
+Decay = Annotated[float, Field(ge=0, lt=1)]
 
 
 class ConfigError(UserError):
@@ -59,6 +59,17 @@ def _rows(value: Any) -> int | str:
 
 
 Rows = Annotated[int | Literal["auto"], BeforeValidator(_rows)]  # one problem where it is neither, and not one for each
+
+
+def _paths(value: Any) -> Any:
+    """Check where data lie: one path, a list of them, or names for them."""
+    paths = list(value.values()) if isinstance(value, dict) else value if isinstance(value, list) else [value]
+    if not paths or not all(isinstance(path, str) and path for path in paths):
+        raise ValueError("give a path, a list of paths, or a mapping of names to paths")
+    return value
+
+
+Paths = Annotated[str | list[str] | dict[str, str], BeforeValidator(_paths)]
 
 
 def _step_range(value: Any) -> Any:
@@ -192,7 +203,7 @@ class TokenizerConfig(Section):
 
 
 class DataConfig(Section):
-    data_path: str | list[str] | dict[str, str]
+    data_path: Paths
     """Dataset folders made by tools/tokenize_parallel.py, single shards, or .jsonl files with one list of ids a line.
 
     A mapping gives them names for --dataset."""
@@ -243,7 +254,7 @@ class TrainConfig(Section):
     """wsd: steps of the final decay to min_lr_ratio, when total_step_budget says where the end is; 0: never decays."""
     weight_decay: Annotated[float, Field(ge=0)] = 0.1
     """On matrices only; norms, biases and embeddings go without."""
-    betas: tuple[Fraction, Fraction] = (0.9, 0.95)
+    betas: tuple[Decay, Decay] = (0.9, 0.95)
     adam_eps: PositiveFloat = 1e-8
     clip_norm: PositiveFloat | None = 1.0
     """Global L2 norm; None leaves gradients alone."""
@@ -376,71 +387,6 @@ SECTIONS: dict[str, type[Section]] = {name: field.annotation for name, field in 
 OWNER = {key: name for name, section in SECTIONS.items() for key in section.model_fields}
 
 
-class BatchPlan(Section):
-    """How one optimizer step is cut: global_rows = micro_rows x ranks x accumulation."""
-
-    global_rows: int
-    micro_rows: int
-    ranks: int
-    accumulation: int
-    seq_len: int
-
-    @property
-    def tokens(self) -> int:
-        return self.global_rows * self.seq_len
-
-    @property
-    def rank_rows(self) -> int:
-        return self.global_rows // self.ranks
-
-    def with_rows(self, micro_rows: int) -> "BatchPlan":
-        """The same global batch in other micro-batches."""
-        return self.model_copy(update={"micro_rows": micro_rows, "accumulation": self.rank_rows // micro_rows})
-
-    def __str__(self) -> str:
-        return (
-            f"{self.global_rows} rows = {self.micro_rows} per micro-batch x {self.ranks} ranks x {self.accumulation} accumulated, "
-            f"{self.tokens:,} tokens a step"
-        )
-
-
-def batch_plan(cfg: RunConfig, ranks: int, run_rows: int | None = None) -> BatchPlan:
-    """Cut the global batch for `ranks`. `run_rows` is the global batch that an earlier sitting of the run used: it stays."""
-    train, seq_len = cfg.train, cfg.model.seq_len
-    rows, reason = run_rows, "the run's checkpoint"
-    if train.batch_tokens:
-        rows, reason = train.batch_tokens // seq_len, f"train.batch_tokens {train.batch_tokens:,}"
-        if train.batch_tokens % seq_len:
-            raise ConfigError(f"train.batch_tokens {train.batch_tokens:,} is not a multiple of model.seq_len {seq_len:,}.")
-    if train.batch_size == "auto":
-        return _largest_cut(rows, ranks, seq_len)
-    if rows is None:
-        rows, reason = train.batch_size * ranks * (train.grad_accum or 1), "batch_size x ranks x grad_accum"
-    if rows % (train.batch_size * ranks):
-        fits = [b for b in range(1, rows + 1) if rows % (b * ranks) == 0]
-        advice = f"train.batch_size can be {', '.join(map(str, fits))}" if fits else f"use a number of ranks that divides {rows}"
-        raise ConfigError(
-            f"A global batch of {rows} rows ({reason}) cannot be cut into micro-batches of train.batch_size {train.batch_size} rows on "
-            f"{ranks} ranks: {train.batch_size} x {ranks} = {train.batch_size * ranks} does not divide {rows}. With {ranks} ranks {advice}."
-        )
-    accumulation = rows // (train.batch_size * ranks)
-    return BatchPlan(global_rows=rows, micro_rows=train.batch_size, ranks=ranks, accumulation=accumulation, seq_len=seq_len)
-
-
-def _largest_cut(rows: int | None, ranks: int, seq_len: int) -> BatchPlan:
-    """Micro-batches of as many rows as are ever worth it."""
-    if rows is None or rows % ranks:
-        raise ConfigError(f"train.batch_size: auto needs train.batch_tokens, in rows of {seq_len:,} tokens that divide among {ranks} ranks.")
-    most = max(1, AUTO_TOKENS // seq_len)
-    micro_rows = next(n for n in range(min(most, rows // ranks), 0, -1) if rows // ranks % n == 0)
-    return BatchPlan(global_rows=rows, micro_rows=micro_rows, ranks=ranks, accumulation=rows // ranks // micro_rows, seq_len=seq_len)
-
-
-def smaller_rows(rank_rows: int, rows: int) -> int:
-    """The largest part of `rank_rows` that is at most half of `rows`."""
-    return next(n for n in range(max(1, rows // 2), 0, -1) if rank_rows % n == 0)
-
-
 # ---------------------------------------------------------------- loading
 
 
@@ -453,7 +399,8 @@ def load_config(path: str | Path | None = None, overrides: list[str] = (), *, pr
     for word in overrides:
         _apply(tree, word)
     _merge_preset(tree, path)
-    tree.setdefault("checkpoint", {}).setdefault("run_name", path.stem)
+    if tree.setdefault("checkpoint", {}).get("run_name") is None:
+        tree["checkpoint"]["run_name"] = path.stem
     return check_config(tree, str(path))
 
 
@@ -489,7 +436,12 @@ def find_preset(name: str) -> Path:
 
 
 class _StrictLoader(yaml.SafeLoader):
-    """YAML without Python objects and without silently overwritten keys."""
+    """YAML without Python objects, silently overwritten keys, and dates, which a run may well be named for."""
+
+    yaml_implicit_resolvers = {
+        first: [(tag, pattern) for tag, pattern in resolvers if tag != "tag:yaml.org,2002:timestamp"]
+        for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+    }
 
     def construct_mapping(self, node, deep=False):
         keys = [self.construct_object(k, deep=True) for k, _ in node.value]
@@ -498,21 +450,26 @@ class _StrictLoader(yaml.SafeLoader):
             raise ConfigError(f"{node.start_mark.name}: {', '.join(sorted(twice))} is given twice.")
         return super().construct_mapping(node, deep)
 
-    def construct_scalar(self, node):
-        """JSON escapes a character beyond U+FFFF as two halves, which YAML takes for two characters: join them."""
-        return super().construct_scalar(node).encode("utf-16", "surrogatepass").decode("utf-16", "surrogatepass")
+
+def _unique(pairs: list[tuple]) -> dict:
+    tree = dict(pairs)
+    if len(tree) < len(pairs):
+        keys = [key for key, _ in pairs]
+        raise ValueError(f"{', '.join(sorted({key for key in keys if keys.count(key) > 1}))} is given twice")
+    return tree
 
 
 def read_mapping(path: Path) -> dict:
     """Read a YAML or JSON file that must hold a mapping."""
     try:
         with open(path, encoding="utf-8") as file:
-            tree = yaml.load(file, _StrictLoader)  # JSON is YAML as well
+            # not by YAML alone: it takes no tabs, and reads a character beyond U+FFFF, which JSON escapes in two halves, as two
+            tree = json.load(file, object_pairs_hook=_unique) if path.suffix == ".json" else yaml.load(file, _StrictLoader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file. Recipes are in {config_folders()[-1]}.") from None
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError(f"{path}: cannot be read ({error}).") from None
-    except yaml.YAMLError as error:
+    except (yaml.YAMLError, ValueError) as error:
         raise ConfigError(f"{path}: is not valid YAML or JSON. {' '.join(str(error).split())}") from None
     if not isinstance(tree, dict):
         raise ConfigError(f"{path}: holds {type(tree).__name__}, but a config is a mapping of section names to settings.")
@@ -526,11 +483,14 @@ def _nest(tree: dict, where: str) -> dict:
         if key in SECTIONS:
             if not isinstance(value, dict | None):
                 raise ConfigError(f"{where}: '{key}' is a section, so it holds a mapping, not {value!r}.")
-            nested.setdefault(key, {}).update(value or {})
+            section, fields = key, value or {}
         elif key in OWNER:
-            nested.setdefault(OWNER[key], {})[key] = value
+            section, fields = OWNER[key], {key: value}
         else:
             raise ConfigError(f"{where}: unknown config key '{key}'.{_did_you_mean(str(key), [*SECTIONS, *OWNER])}")
+        if twice := nested.get(section, {}).keys() & fields.keys():
+            raise ConfigError(f"{where}: {section}.{min(twice)} is given twice, in its section and outside.")
+        nested.setdefault(section, {}).update(fields)
     return nested
 
 
@@ -545,7 +505,7 @@ def _apply(tree: dict, word: str) -> None:
         raise ConfigError(f"unknown config key '{path}'.{_did_you_mean(path, known)}")
     try:
         value = yaml.load(text, _StrictLoader)
-    except yaml.YAMLError:
+    except (yaml.YAMLError, ValueError):
         value = text
     tree.setdefault(section, {})[key] = value
 
@@ -566,17 +526,13 @@ def _problem(error: dict) -> str:
         return f"unknown config key '{where}'.{_did_you_mean(key, list(SECTIONS.get(section, RunConfig).model_fields))}"
     if error["type"] == "missing":
         return f"'{where}' is missing."
-    message = error["msg"].removeprefix("Value error, ").removeprefix("Input should be ")
-    if error["type"] == "value_error":
-        return f"{where}: {message}." if error["input"] is None else f"{where} is {error['input']!r}: {message}."
-    return f"{where} is {error['input']!r}, but should be {message}."
+    message = error["msg"].removeprefix("Value error, ")
+    _, should, rest = message.partition(" should ")
+    if should and error["type"] != "value_error":
+        return f"{where} is {error['input']!r}, but should {rest}."
+    return f"{where}: {message}." if error["input"] is None else f"{where} is {error['input']!r}: {message}."
 
 
 def _did_you_mean(key: str, known: list[str]) -> str:
     near = difflib.get_close_matches(key, known, n=1, cutoff=0.6)
     return f" Did you mean '{near[0]}'?" if near else ""
-
-
-def as_json(cfg: Section) -> str:
-    """The resolved config as canonical JSON."""
-    return json.dumps(cfg.model_dump(mode="json"), sort_keys=True)

@@ -112,9 +112,9 @@ def has_launcher() -> bool:
     return {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR"} <= os.environ.keys()
 
 
-def is_restart() -> bool:
-    """Whether the launcher has started this job once more by itself: torchrun after a failure, Slurm from its queue."""
-    return any(os.environ.get(name, "0") != "0" for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
+def is_restarted() -> bool:
+    """Whether torchrun or Slurm has started this command before, and now does so again by itself."""
+    return any(int(os.environ.get(name) or 0) > 0 for name in ("TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"))
 
 
 def mpi_ranks() -> int:

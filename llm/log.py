@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 import time
+from collections import deque
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from logging.handlers import MemoryHandler
@@ -46,8 +47,10 @@ class _Terminal(logging.Handler):
 
 _handler = _Terminal(logging.INFO)
 _early = MemoryHandler(1000, flushLevel=logging.CRITICAL + 1)  # what is said before the log file is known
+_early.buffer = deque(maxlen=1000)  # else a script that has no log file, such as a chat server, would keep every line for ever
 log.addHandler(_handler)
 log.addHandler(_early)
+logging.addLevelName(RESULT, "RESULT")  # as it stands in log files
 log.setLevel(logging.DEBUG)  # the log file of a run has every line, whatever the terminal shows
 log.propagate = False
 
@@ -137,7 +140,7 @@ class Progress:
         self.done += n
         if self._bar:
             self._bar.update(self._task, completed=self.done)
-        elif time.monotonic() - self._told_at > 10:  # a log file wants a line now and then, not a bar
+        elif self.done and time.monotonic() - self._told_at > 10:  # a log file wants a line now and then, not a bar
             self._told_at = time.monotonic()
             left_s = (self._told_at - self._started_at) * max(0, self.total - self.done) / self.done
             log.info(f"{self.what}: {self.done:,} of {self.total:,} {self.unit}, {clock(left_s)} left")

@@ -111,6 +111,13 @@ def test_a_requeued_slurm_job_takes_the_lock_of_its_former_life(slurm, tmp_path)
     assert noted(slurm) == ["launch/train.py --config x --steal-lock"] * TASKS
 
 
+def test_a_head_that_is_not_known_is_told_before_anything_starts():
+    for head, told in (("no.such.host.invalid", "HEAD=no.such.host.invalid is no address"), ("", "HEAD: the address of the host where all meet")):
+        env = os.environ | {"HEAD": head, "HOSTS": "1"}
+        done = subprocess.run(["bash", "clusters/torchrun.sh", "launch/train.py"], cwd=ROOT, env=env, capture_output=True, text=True, timeout=60)
+        assert done.returncode and done.stderr.count("HEAD") == done.stderr.count("\n") == 1 and told in done.stderr, done.stderr
+
+
 def test_the_page_marks_what_needs_a_cluster_and_names_files_that_are_there():
     page = (ROOT / "docs/clusters.md").read_text(encoding="utf-8")
     lines = [line for block in re.findall(r"```bash\n(.*?)```", page, re.DOTALL) for line in block.splitlines()]

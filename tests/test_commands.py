@@ -97,6 +97,11 @@ def test_a_mistake_gets_one_message_exit_code_2_and_leaves_nothing_behind(config
     assert not (tmp_path / "checkpoints").exists()
 
 
+def test_logs_that_can_go_nowhere_are_told_before_anything_is_written_to_them(config):
+    done = train("--config", config, "log.out_dir=/sys")
+    assert done.returncode == 2 and "/sys/.tmp-probe: cannot be written" in done.stderr and "log.out_dir" in done.stderr
+
+
 def test_a_truncated_shard_and_an_id_beyond_the_vocabulary_are_told_with_file_and_remedy(config, tmp_path):
     path = next((tmp_path / "data").glob("train-00000.bin"))
     whole = path.read_bytes()
@@ -163,7 +168,7 @@ def test_started_once_more_by_its_launcher_a_job_goes_on_and_begins_nothing_anew
     assert "resumes" in train(*words, **again).stdout
     for wish in (["--fresh"], ["--from-step", "2"]):
         refused = train("--config", config, *wish, **again)
-        assert refused.returncode == 2 and "undo what the job did so far" in refused.stderr
+        assert refused.returncode == 3 and "this is a restart" in refused.stderr
     assert sorted(path.name[:14] for path in (tmp_path / "checkpoints" / "little").glob("step-*")) == ["step-000000002", "step-000000004"]
     assert train("--config", config).returncode == 0
     another_pass = ["--config", config, "--reset-epoch", "--steps-today", "3"]
@@ -207,7 +212,7 @@ def test_init_from_starts_a_new_run_with_the_others_weights_and_an_empty_ledger(
 def test_fresh_moves_the_old_run_aside_and_begins_at_step_0(config, tmp_path):
     assert train("--config", config, "--steps-today", "2").returncode == 0
     done = train("--config", config, "--steps-today", "1", "--fresh")
-    assert "starts at step 0" in done.stdout
+    assert "starts at step 0" in done.stdout and "Run the same command again, without --fresh, to go on." in done.stdout
     assert len(list((tmp_path / "checkpoints").glob("little.before-*/step-000000002-a1"))) == 1
 
 
@@ -224,6 +229,10 @@ def test_a_list_of_ids_a_line_is_trained_on_as_a_shard(config, tmp_path):
     done = train("--config", config, f"data_path={ids}", "run_name=lists")
     assert done.returncode == 0, done.stdout + done.stderr
     assert (tmp_path / "ids.imported").is_dir()
+    inside = ("--config", config, f"data_path={ids}", "run_name=inside", "data.save_bin=false")
+    for words in ((), ("--fresh",)):
+        done = train(*inside, *words)
+        assert done.returncode == 0 and "starts at step 0" in done.stdout, done.stdout + done.stderr
     ids.write_text("[1, 2, 99999]\n")
     refused = train("--config", config, f"data_path={ids}", "run_name=bad")
     assert refused.returncode == 2 and "99999" in (refused.stdout + refused.stderr).replace(",", "")

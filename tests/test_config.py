@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pytest
 
-from llm.config import OWNER, SECTIONS, ConfigError, DataConfig, EngineConfig, batch_plan, interval_steps, load_config
+from llm.batch_plan import batch_plan
+from llm.config import OWNER, SECTIONS, ConfigError, DataConfig, EngineConfig, interval_steps, load_config
 
 FLAT = dict(
     model_name="custom", n_layers=2, d_model=64, n_heads=4, d_ff=128, seq_len=32, tokenizer_path="t", data_path="d", lr=1e-3, batch_size=2
@@ -32,6 +33,20 @@ def test_characters_that_json_escapes_in_two_halves_are_read_whole(tmp_path):
     assert load_config(config_file(tmp_path, tokenizer_path="läuft-走-🙂")).tokenizer.tokenizer_path == "läuft-走-🙂"
 
 
+def test_json_may_be_indented_with_tabs_and_names_nothing_twice(tmp_path):
+    path = config_file(tmp_path)
+    path.write_text(json.dumps(FLAT, indent="\t"))
+    assert load_config(path).model.d_model == 64
+    path.write_text('{"lr": 1, "lr": 2}')
+    with pytest.raises(ConfigError, match="run.json.*lr is given twice"):
+        load_config(path)
+
+
+@pytest.mark.parametrize("name", ["2026-11-28", "2026-02-30"])
+def test_a_run_may_be_named_for_a_day(tmp_path, name):
+    assert load_config(config_file(tmp_path), [f"run_name={name}"]).checkpoint.run_name == name
+
+
 def test_a_flat_json_and_a_yaml_with_sections_give_the_same_run(tmp_path):
     (tmp_path / "run.yaml").write_text(
         "model: {n_layers: 2, d_model: 64, n_heads: 4, d_ff: 128, seq_len: 32}\ntokenizer: {tokenizer_path: t}\n"
@@ -52,6 +67,7 @@ def test_a_flat_file_with_only_a_model_name_takes_the_dimensions_of_that_preset(
 def test_the_run_is_named_for_its_file_unless_told(tmp_path):
     assert load_config(config_file(tmp_path)).run_folder == Path("checkpoints/run")
     assert load_config(config_file(tmp_path), ["run_name=other", "checkpoint_dir=/x"]).run_folder == Path("/x/other")
+    assert load_config(config_file(tmp_path, run_name="other"), ["run_name=null"]).run_folder == Path("checkpoints/run")
 
 
 def test_overrides_reach_nested_and_flat_names(tmp_path):
@@ -104,7 +120,11 @@ def test_an_unknown_key_is_refused_with_the_nearest_name(tmp_path):
         ({"offload": True}, "zero_stage"),
         ({"lr": float("nan")}, "train.lr"),
         ({"zero_stage": 4}, "zero_stage is 4"),
-        ({"run_name": "../../x"}, "run_name"),
+        ({"run_name": "../../x"}, "run_name is '../../x', but should match pattern"),
+        ({"device": "gpu"}, "engine.device is 'gpu', but should match pattern"),
+        ({"betas": [0.9, 1.0]}, "train.betas.1 is 1.0, but should be less than 1"),
+        ({"data_path": []}, "data.data_path is []: give a path, a list of paths, or a mapping"),
+        ({"data_path": None}, "1 problem:\n  - data.data_path: give a path"),
     ],
 )
 def test_settings_that_cannot_be_are_refused(tmp_path, changes, words):
@@ -113,7 +133,14 @@ def test_settings_that_cannot_be_are_refused(tmp_path, changes, words):
 
 @pytest.mark.parametrize(
     ("text", "words"),
-    [("a: [", "not valid"), ("- 1", "mapping"), ("lr: 1\nlr: 2", "twice"), ("x: !!python/object:os.system 1", "not valid"), ("model: 3", "section")],
+    [
+        ("a: [", "not valid"),
+        ("- 1", "mapping"),
+        ("lr: 1\nlr: 2", "twice"),
+        ("lr: 1\ntrain: {lr: 2}", "train.lr is given twice"),
+        ("x: !!python/object:os.system 1", "not valid"),
+        ("model: 3", "section"),
+    ],
 )
 def test_a_file_that_is_no_config_is_refused_by_name(tmp_path, text, words):
     path = tmp_path / "bad.yaml"

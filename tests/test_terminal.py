@@ -103,6 +103,34 @@ def test_quiet_leaves_what_the_command_was_asked_for(words):
     assert quiet and quiet == loud, "neither has anything else to say"
 
 
+def test_a_reader_that_has_enough_ends_a_script_without_a_traceback():
+    script = "from llm import cli\ndef main():\n  while True: print('a' * 1000)\ncli.run(main)"
+    done = subprocess.run(
+        ["bash", "-c", '"$0" -c "$1" | head -c 10; echo " ${PIPESTATUS[0]}"', sys.executable, script],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=60,
+    )
+    assert (done.stdout, done.stderr) == ("aaaaaaaaaa 141\n", "")
+
+
+def test_long_work_that_has_not_come_to_anything_yet_says_nothing(capsys, monkeypatch):
+    from llm.log import progress
+
+    clock = iter([100.0, 120.0, 120.0])
+    monkeypatch.setattr(time, "monotonic", lambda: next(clock))
+    with progress(1000, "reading", "bytes") as bar:
+        bar.advance(0)
+    assert capsys.readouterr().out == ""
+
+
+def test_a_script_without_a_log_file_keeps_only_its_last_lines():
+    told = "from llm import log\nfor i in range(5000): log.log.debug(i)\nprint(len(log._early.buffer))"
+    done = subprocess.run([sys.executable, "-c", told], cwd=ROOT, capture_output=True, text=True, timeout=60)
+    assert done.stdout == "1000\n", done.stderr
+
+
 def test_lines_about_long_work_say_how_much_time_is_left(capsys, monkeypatch):
     from llm.log import progress
 

@@ -4,7 +4,8 @@ import time
 
 import torch
 
-from llm.config import RunConfig, batch_plan
+from llm.batch_plan import batch_plan
+from llm.config import RunConfig
 from llm.data.ledger import Ledger
 from llm.data.sampler import Sampler
 from llm.data.stream import Stream

@@ -19,7 +19,8 @@ from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_iter
 
-from llm.config import RunConfig, batch_plan, check_config
+from llm.batch_plan import batch_plan
+from llm.config import RunConfig, check_config
 from llm.data.stream import Batch
 from llm.dist import World, pick_device
 from llm.engine import Engine, build_engine

@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 from typing import Any
 
-from llm.config import EngineConfig, RunConfig, batch_plan, shipped
+from llm.batch_plan import batch_plan
+from llm.config import EngineConfig, RunConfig, shipped
 from llm.dist import World
 from llm.engine.protocol import EngineError
 from llm.model.chunks import BUCKET_ELEMENTS

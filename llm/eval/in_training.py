@@ -14,7 +14,7 @@ from llm.eval.mmlu import Subject, evaluate_subject, flat, read_subjects, summar
 from llm.eval.perplexity import named, text_sums
 from llm.model.transformer import Transformer
 from llm.tokenizer.protocol import Tokenizer
-from llm.train.validate import FIXED_POINT
+from llm.train.validate import summed
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,8 @@ class Tasks:
         """{"TASK/METRIC": value}, the same on every rank: each takes its share of questions and documents. Collective."""
         found = self._mmlu(model, tokenizer, world) if self.subjects else {}
         for path, documents in self.texts.items():
-            nats, n_tokens, n_bytes = text_sums(model, tokenizer, documents[world.rank :: world.size])
-            nats, n_tokens, n_bytes = world.sum_ints([round(nats * FIXED_POINT), n_tokens, n_bytes])
-            found |= {f"perplexity/{path}/{metric}": value for metric, value in named(nats / FIXED_POINT, n_tokens, n_bytes).items()}
+            sums = summed(world, list(text_sums(model, tokenizer, documents[world.rank :: world.size])))
+            found |= {f"perplexity/{path}/{metric}": value for metric, value in named(*sums).items()}
         return found
 
     def _mmlu(self, model: Transformer, tokenizer: Tokenizer, world: World) -> dict[str, float]:

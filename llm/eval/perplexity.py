@@ -89,4 +89,5 @@ def _loss_sum(model: Transformer, batch: Batch, bar: Progress) -> tuple[float, i
 
 
 def _named(loss: float, bits_per_byte: float) -> dict[str, float]:
-    return {"loss": loss, "perplexity": math.exp(loss), "bits_per_byte": bits_per_byte}
+    perplexity = math.exp(loss) if loss < 700 else math.inf  # beyond, a float overflows: a model in training may be as bad as that
+    return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte}

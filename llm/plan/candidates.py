@@ -6,7 +6,8 @@ from dataclasses import dataclass
 from functools import cached_property, partial
 from itertools import product
 
-from llm.config import BatchPlan, ConfigError, RunConfig, batch_plan, smaller_rows
+from llm.batch_plan import BatchPlan, batch_plan, smaller_rows
+from llm.config import ConfigError, RunConfig
 from llm.model.flops import count_params, flops_per_token
 from llm.plan.hardware import NAMES, find_device, shared_by
 from llm.plan.memory import Memory, memory_of

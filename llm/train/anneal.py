@@ -47,7 +47,7 @@ class Fork:
             tokens = left * global_rows * phase.seq_len
             raise ConfigError(
                 f"--anneal: decaying takes {needed:,} more steps, but the data of phase {phase.name} ends after {left:,}. Give --anneal "
-                f"{tokens:,} or less, more epochs in train.epochs, or fork from an earlier step with --from-step."
+                f"{tokens:,} or less, or fork from an earlier step with --from-step."
             )
 
 

@@ -1,7 +1,7 @@
 """What may change between two sittings of one run: nothing that makes it another model, the numbers only when told, the machine freely."""
 
 from llm.checkpoint.slices import CheckpointError
-from llm.config import SECTIONS, RunConfig
+from llm.config import SECTIONS, ConfigError, RunConfig
 from llm.log import log
 
 # Everything in `model` but how attention is computed and z-loss, and the seed that the data order comes from, is identity. Changes that
@@ -39,6 +39,15 @@ def check_drift(saved: dict, cfg: RunConfig, accepted: list[str]) -> None:
         )
     for key in sorted(changed.keys() - identity - set(refused)):
         log.debug(shown[key]) if key not in trajectory else log.warning(f"accepted: {shown[key]}.")
+
+
+def check_same(of_ranks: list[dict]) -> None:
+    """Refuse ranks that were started with other settings than rank 0, from another copy of the file, say."""
+    flat = [_flat(config) for config in of_ranks]
+    for rank, theirs in enumerate(flat):
+        for key, value in theirs.items():
+            if value != flat[0][key]:
+                raise ConfigError(f"{key} is {flat[0][key]!r} on rank 0, but {value!r} on rank {rank}. Start all ranks with one config.")
 
 
 def _defaults() -> dict:

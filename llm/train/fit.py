@@ -1,10 +1,12 @@
 """Micro-batches that fit into memory. The rows of a step and their order stay as they are: only how they are cut changes."""
 
 from collections.abc import Callable
+from dataclasses import replace
 
 import torch
 
-from llm.config import BatchPlan, ConfigError, RunConfig, smaller_rows
+from llm.batch_plan import BatchPlan, smaller_rows
+from llm.config import ConfigError, RunConfig
 from llm.data.stream import Batch, Stream
 from llm.dist import World
 from llm.engine.protocol import Engine, Update
@@ -27,7 +29,7 @@ def fitted(cfg: RunConfig, plan: BatchPlan, world: World, engine: Engine) -> Bat
     while any(world.gather(not _fits(engine, plan, cfg.data.document_mask))):
         if plan.micro_rows == 1:
             raise OutOfMemory(f"Not even one row of {plan.seq_len:,} tokens fits into memory. {_ADVICE}")
-        plan = plan.with_rows(smaller_rows(plan.rank_rows, plan.micro_rows))
+        plan = replace(plan, micro_rows=smaller_rows(plan.rank_rows, plan.micro_rows))
     if world.rank == 0:
         log.info(f"train.batch_size: auto is {plan.micro_rows} here: {plan}")
     return plan

@@ -9,6 +9,7 @@ import torch
 
 import llm
 from llm import durable
+from llm.batch_plan import BatchPlan
 from llm.checkpoint import folder
 from llm.checkpoint.hashes import file_sha256
 from llm.checkpoint.lock import LockLost, RunLock
@@ -18,7 +19,7 @@ from llm.checkpoint.retention import Retention, apply_retention
 from llm.checkpoint.saver import Save
 from llm.checkpoint.staging import Staging
 from llm.checkpoint.template import write_template
-from llm.config import BatchPlan, RunConfig, interval_steps
+from llm.config import RunConfig, interval_steps
 from llm.data.ledger import Ledger
 from llm.data.seen import seen_view
 from llm.dist import World

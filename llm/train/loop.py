@@ -4,10 +4,12 @@ import math
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from logging import DEBUG, ERROR, WARNING
 from typing import TYPE_CHECKING
 
+from llm.batch_plan import BatchPlan
 from llm.checkpoint.saver import Fenced, SaveFailed
-from llm.config import BatchPlan, RunConfig, interval_steps
+from llm.config import RunConfig, interval_steps
 from llm.data.ledger import Ledger
 from llm.data.stream import Stream, chain, count_targets, step_digest
 from llm.dist import World
@@ -56,25 +58,32 @@ class Progress:
     epoch_end: bool = False
 
 
-def train_phase(
-    cfg: RunConfig,
-    plan: BatchPlan,
-    world: World,
-    engine: Engine,
-    stream: Stream,
-    at: Progress,
-    sitting: Sitting,
-    stop: StopFlag,
-    metrics: Metrics,
-    validate: Callable[[], dict[str, float]] | None,
-    measure: Callable[[], dict[str, float]] | None,
-    keeper: "Keeper",
-    watchdog: Watchdog,
-) -> str:
+@dataclass(frozen=True)
+class Ready:
+    """What a sitting trains with, on this rank."""
+
+    cfg: RunConfig
+    plan: BatchPlan
+    world: World
+    engine: Engine
+    keeper: "Keeper"
+    metrics: Metrics
+    sitting: Sitting
+    stop: StopFlag
+    watchdog: Watchdog
+    validate: Callable[[], dict[str, float]] | None
+    measure: Callable[[], dict[str, float]] | None
+
+
+def train_phase(ready: Ready, stream: Stream, at: Progress) -> str:
     """Train on the open phase until it, the budget or the sitting ends; returns why it stopped. Collective. `at` moves along.
 
     Samples are drawn by position alone: step t takes draws [consumed, consumed + global_rows) of the phase, however many ranks there are.
     """
+    cfg, plan, world, engine, keeper, metrics, sitting = ready.cfg, ready.plan, ready.world, ready.engine, ready.keeper, ready.metrics, ready.sitting
+    stop, watchdog = ready.stop, ready.watchdog
+    validate = ready.validate and watchdog.during("validation", ready.validate)
+    measure = ready.measure and watchdog.during("evaluation", ready.measure)
     phase = at.ledger.open_phase
     over = horizon(cfg, phase, plan.global_rows, at.step)
     intervals = cfg.checkpoint.save_every, cfg.train.eval_every, cfg.eval.every
@@ -85,6 +94,10 @@ def train_phase(
         at.recent.clear()  # what was usual for other data says nothing about these
     guard = SpikeGuard(cfg.train.spike_sigma, cfg.train.spike_window, at.recent)
     stragglers = Stragglers(world, cfg.log.log_every, metrics)
+
+    def tell(level: int, text: str) -> None:
+        """Once, for all ranks know the same."""
+        log.log(level if world.rank == 0 else DEBUG, text)
 
     def attempt(part: Callable[[], int | None]) -> None:
         """Do a part of a save. It returns the step that is in a checkpoint now, or None when its files are still being written."""
@@ -99,13 +112,16 @@ def train_phase(
             raise NeedsAPerson(f"The {error}. The last one is of step {saved_step:,}.") from None
         except SaveFailed as error:
             failed_saves += 1
-            log.error(f"The {error}. Older ones are untouched; training goes on.")
+            tell(ERROR, f"The {error}. Older ones are untouched; training goes on.")
             if failed_saves == FAILED_SAVES_IN_A_ROW:
                 raise NeedsAPerson(f"{failed_saves} checkpoints in a row could not be saved. The {error}. {error.advice}") from None
         took_s = time.monotonic() - started_at
         sitting.saving_s += took_s
         # at the end one may still be on its way, and another has to follow
         sitting.slowest_save_s = max(sitting.slowest_save_s, took_s, 2 * keeper.write_s)
+
+    def is_due(every: int) -> bool:
+        return every > 0 and at.step % every == 0
 
     def save_now(wait: bool) -> None:
         attempt(keeper.finish)  # one at a time
@@ -139,8 +155,7 @@ def train_phase(
         else:  # a step of somebody's questions alone, where rows are few and short
             update, why = Update(math.nan, math.nan, applied=False), NO_TARGETS
         if why:
-            tell = log.error if world.rank == 0 else log.debug  # all know the same
-            tell(f"step {at.step + 1:,}: {why}, so the update was not applied on any rank; its samples are noted as skipped.")
+            tell(ERROR, f"step {at.step + 1:,}: {why}, so the update was not applied on any rank; its samples are noted as skipped.")
             metrics.fault(at.step + 1, "skipped", why)
             if refused >= REFUSED_IN_A_ROW:
                 break
@@ -160,22 +175,20 @@ def train_phase(
             )
             at.metrics["train_loss"] = update.loss
             if odd := guard.applied(update.loss, update.grad_norm):
-                tell = log.warning if world.rank == 0 else log.debug
-                tell(f"step {at.step:,}: {odd}. {_ADVICE_ON_NORMS.format(saved_step=saved_step)}")
+                tell(WARNING, f"step {at.step:,}: {odd}. {_ADVICE_ON_NORMS.format(saved_step=saved_step)}")
                 metrics.fault(at.step, "grad_norm_spike", odd)
 
         collect_garbage(at.step)
         at.epoch_end = phase.passes(drawn + rows) > phase.passes(drawn)
         done = at.ledger.open_phase is None or at.step == over.end
-        if measure and ((tasks_every and at.step % tasks_every == 0) or done):
+        if measure and (done or is_due(tasks_every)):
             metrics.tasks(at.step, sitting.validation(measure))
-        if validate and ((eval_every and at.step % eval_every == 0) or done):
+        at.metrics.pop("val_loss", None)  # retention compares checkpoints by it: an old value must not stand for new weights
+        if validate and (done or is_due(eval_every)):
             result = sitting.validation(validate)
             metrics.validation(at.step, result)
-            at.metrics["val_loss"], at.metrics["val_step"] = result["loss"], float(at.step)
-        elif at.metrics.get("val_step") != at.step:
-            at.metrics.pop("val_loss", None)  # retention compares checkpoints by it: an old value must not stand for new weights
-        if (save_every and at.step % save_every == 0) or at.epoch_end or done:
+            at.metrics |= {"val_loss": result["loss"] if math.isfinite(result["loss"]) else None, "val_step": float(at.step)}
+        if done or at.epoch_end or is_due(save_every):
             save_now(wait=done)
         if done:
             break
@@ -184,7 +197,7 @@ def train_phase(
     if at.step > saved_step and refused < REFUSED_IN_A_ROW:
         save_now(wait=True)
     if problems:
-        world.together(lambda: _reraise(problem))
+        world.together(lambda: reraise(problem))
     if refused >= REFUSED_IN_A_ROW:
         raise NeedsAPerson(
             f"{refused} updates in a row were refused, the last at step {at.step + 1:,}: {why}. Nothing was saved since step {saved_step:,}. "
@@ -200,6 +213,6 @@ def train_phase(
     return asked or world.broadcast(sitting.over())
 
 
-def _reraise(problem: UserError | None) -> None:
+def reraise(problem: UserError | None) -> None:
     if problem:
         raise problem

@@ -1,12 +1,10 @@
-"""What a run tells while it runs: a live line, metrics.jsonl, samples.jsonl, TensorBoard. Rank 0 only; on other ranks everything is silent.
+"""What a run tells while it runs: a live line, metrics.jsonl, samples.jsonl, TensorBoard. Rank 0 only; other ranks write none of these.
 
 Names are group/what, the same in metrics.jsonl and TensorBoard: train, val, speed, time, memory, data, ranks, fault.
 """
 
-import json
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 
 import yaml
@@ -14,9 +12,12 @@ import yaml
 from llm.config import RunConfig
 from llm.data.ledger import Ledger
 from llm.data.seen import view_lines
+from llm.dist import World
 from llm.log import LiveLine, clock, log
+from llm.model.flops import flops_per_token, peak_flops
 from llm.train.budget import Sitting
 from llm.train.datasets import DatasetTokens
+from llm.train.lines import note
 from llm.train.profiler import StepProfiler
 
 MAX_LINES = 200  # of the ledger, at each checkpoint, in TensorBoard's files
@@ -25,39 +26,35 @@ MAX_LINES = 200  # of the ledger, at each checkpoint, in TensorBoard's files
 class Metrics:
     """Averages steps between two reports. Times are seconds of wall clock."""
 
-    def __init__(
-        self, cfg: RunConfig, sitting: Sitting, by_dataset: DatasetTokens, *, speaks: bool, device: str, flops_per_token: float,
-        peak_flops: float | None,
-    ):  # fmt: skip
-        self.cfg, self.sitting, self.speaks, self.device = cfg, sitting, speaks, device
+    def __init__(self, cfg: RunConfig, world: World, sitting: Sitting, by_dataset: DatasetTokens):
+        self.cfg, self.sitting, self.speaks, self.device = cfg, sitting, world.rank == 0, world.device
         self.end_step = self.run_end_step = 0
         """The last step of this sitting, at the latest, and of the run as far as is known."""
-        self.flops_per_token, self.peak_flops = flops_per_token, peak_flops
+        self.flops_per_token, self.peak_flops = flops_per_token(cfg.model), _peak_flops(world)
         self.first_loss: float | None = None
         self.last_loss: float | None = None
         self.tokens = 0
         self.busy_s = 0.0
-        self.profiler = StepProfiler(cfg.log.profile if speaks else None, cfg.log_folder, device)
+        self.profiler = StepProfiler(cfg.log.profile if self.speaks else None, cfg.log_folder, world.device)
         self._by_dataset = by_dataset
         self._window: list[tuple[float, int, float]] = []  # (seconds, tokens, data wait)
         self._since = self._clocks()
-        self._line = LiveLine() if speaks else None
+        self._line = LiveLine() if self.speaks else None
         self._folder = cfg.log_folder
-        self._has_lost = False
-        self._board = _tensorboard(self._folder) if speaks and cfg.log.tensorboard else None
+        self._board = _tensorboard(self._folder) if self.speaks and cfg.log.tensorboard else None
 
     def step(self, step: int, ledger: Ledger, *, loss: float, lr: float, grad_norm: float, tokens: int, seconds: float, data_wait_s: float) -> None:
         """One applied update: `step` is the number of steps done, `tokens` the counted targets of the global step."""
+        if not self.speaks:
+            return
         if self.first_loss is None:
             self.first_loss = loss
-            if self.speaks and self.cfg.engine.compile:
+            if self.cfg.engine.compile:
                 log.info(f"the first step took {seconds:.1f} s, compiling included; what is compiled is kept for the next sitting")
         self.last_loss = loss
         self.tokens += tokens
         self.busy_s += seconds
         self._window.append((seconds, tokens, data_wait_s))
-        if not self.speaks:
-            return
         rate = sum(t for _, t, _ in self._window) / sum(s for s, *_ in self._window)
         self._line.show(self._text(step, loss, lr, rate))
         if step % self.cfg.log.log_every and step != self.end_step:
@@ -73,31 +70,24 @@ class Metrics:
         self._window.clear()
 
     def validation(self, step: int, values: dict[str, float]) -> None:
-        if self.speaks:
-            self._write(step, {f"val/{key}": value for key, value in values.items()})
-            log.info(f"step {step:,}  validation loss {values['loss']:.4f}, {values['bits_per_byte']:.4f} bits per byte")
+        self._write(step, {f"val/{key}": value for key, value in values.items()})
+        log.info(f"step {step:,}  validation loss {values['loss']:.4f}, {values['bits_per_byte']:.4f} bits per byte")
 
     def tasks(self, step: int, values: dict[str, float]) -> None:
         """What eval.tasks have measured: {"TASK/METRIC": value}."""
-        if self.speaks:
-            self._write(step, {f"eval/{key}": value for key, value in values.items()})
-            shown = [f"{name} {value:.4f}" for name, value in values.items() if name.endswith(("/all", "/bits_per_byte"))]
-            log.info(f"step {step:,}  {', '.join(shown)}")
+        self._write(step, {f"eval/{key}": value for key, value in values.items()})
+        shown = [f"{name} {value:.4f}" for name, value in values.items() if name.endswith(("/all", "/bits_per_byte"))]
+        log.info(f"step {step:,}  {', '.join(shown)}")
 
     def ranks(self, step: int, values: dict[str, float]) -> None:
         """How the ranks' own times compare, in seconds a step."""
-        if self.speaks:
-            self._write(step, {f"ranks/{key}": value for key, value in values.items()})
+        self._write(step, {f"ranks/{key}": value for key, value in values.items()})
 
     def fault(self, step: int, kind: str, why: str) -> None:
         """Something odd happened in this step: a line of its own in metrics.jsonl, a mark and its reason in TensorBoard."""
-        if not self.speaks:
-            return
-        self._append("metrics.jsonl", [{"step": step, f"fault/{kind}": why}])
-        with self._board_may_fail():
-            if self._board:
-                self._board.add_scalar(f"fault/{kind}", 1.0, step)
-                self._board.add_text(f"fault/{kind}", why, step)
+        self._note(step, {f"fault/{kind}": why})
+        self._on_board(lambda board: board.add_scalar(f"fault/{kind}", 1.0, step))
+        self._on_board(lambda board: board.add_text(f"fault/{kind}", why, step))
 
     def start(self, step: int, record: dict) -> None:
         """What `note_start` noted."""
@@ -106,8 +96,8 @@ class Metrics:
 
     def samples(self, step: int, texts: dict[str, str]) -> None:
         """What the model wrote after each of the prompts."""
-        self._append("samples.jsonl", [{"step": step, "prompt": prompt, "text": text} for prompt, text in texts.items()])
         for number, (prompt, text) in enumerate(texts.items(), start=1):
+            self._note(step, {"prompt": prompt, "text": text}, "samples.jsonl")
             self.page(f"samples/{number}", prompt + text, step)
 
     def seen(self, step: int, view: dict | None) -> None:
@@ -119,9 +109,8 @@ class Metrics:
 
     def page(self, name: str, text: str, step: int) -> None:
         """A plain text for TensorBoard, shown as it is."""
-        with self._board_may_fail():
-            if self._board:
-                self._board.add_text(name, "\n".join(f"    {line}" for line in text.splitlines()), step)  # indented: markdown leaves it alone
+        indented = "\n".join(f"    {line}" for line in text.splitlines())  # markdown leaves it alone
+        self._on_board(lambda board: board.add_text(name, indented, step))
 
     def mfu(self, tokens_per_s: float) -> float:
         """Model FLOP utilisation, exact-causal count."""
@@ -136,9 +125,7 @@ class Metrics:
         self.profiler.close()
         if self._line:
             self._line.close()
-        with self._board_may_fail():
-            if self._board:
-                self._board.close()
+        self._on_board(lambda board: board.close())
 
     def _text(self, step: int, loss: float, lr: float, rate: float) -> str:
         mfu = f"  MFU {self.mfu(rate):.1%}" if self.peak_flops else ""
@@ -161,32 +148,22 @@ class Metrics:
         return {"time/step_s": step_s / len(self._window)} | {f"time/{name}_share": s / all_s for name, s in spent.items()}
 
     def _write(self, step: int, values: dict[str, float]) -> None:
-        self._append("metrics.jsonl", [{"step": step} | values])
-        with self._board_may_fail():
-            for key, value in values.items() if self._board else ():
-                self._board.add_scalar(key, value, step)
+        self._note(step, values)
+        for key, value in values.items():
+            self._on_board(lambda board, key=key, value=value: board.add_scalar(key, value, step))
 
-    def _append(self, name: str, records: list[dict]) -> None:
-        """Lines of a file that people read. A full disk loses them, and does not end training."""
+    def _note(self, step: int, values: dict, file: str = "metrics.jsonl") -> None:
+        if self.speaks:
+            note(self._folder / file, {"step": step, "time": round(time.time(), 3)} | values)
+
+    def _on_board(self, write: Callable) -> None:
+        """`write(board)`, if there is one. What its own thread could not write is raised here, some time later: then there is none any more."""
         try:
-            with open(self._folder / name, "a", encoding="utf-8", errors="replace") as file:  # names may hold bytes that are no UTF-8
-                for record in records:
-                    print(json.dumps(record | {"time": round(time.time(), 3)}, ensure_ascii=False), file=file)
+            if self._board:
+                write(self._board)
         except OSError as error:
-            self._tell_loss(error)
-
-    @contextmanager
-    def _board_may_fail(self) -> Iterator[None]:
-        try:
-            yield
-        except OSError as error:  # of its thread, which has ended with it
             self._board = None
-            self._tell_loss(error)
-
-    def _tell_loss(self, error: OSError) -> None:
-        if not self._has_lost:
-            log.warning(f"{self._folder}: cannot be written ({error.strerror}), so what is told there is lost for now. Training goes on.")
-        self._has_lost = True
+            log.warning(f"{self._folder / 'tensorboard'}: cannot be written ({error.strerror}). Training goes on without it.")
 
 
 def _tensorboard(folder: Path):
@@ -195,6 +172,16 @@ def _tensorboard(folder: Path):
     board = SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
     board.add_custom_scalars({"training and validation": {"loss": ["Multiline", ["train/loss", "val/loss"]]}})
     return board
+
+
+def _peak_flops(world: World) -> float | None:
+    """Of all ranks' GPUs together; None where it is not known."""
+    if not world.device.startswith("cuda"):
+        return None
+    import torch
+
+    peak = peak_flops(torch.cuda.get_device_name(world.device))
+    return peak * world.size if peak else None
 
 
 def _memory(device: str) -> dict[str, float]:

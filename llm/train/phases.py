@@ -2,7 +2,11 @@
 
 import math
 from dataclasses import dataclass, replace
+from fractions import Fraction
+from pathlib import Path
 
+from llm.checkpoint import folder
+from llm.checkpoint.template import template_file
 from llm.config import ConfigError, RunConfig
 from llm.data.ledger import Ledger, new_shards
 from llm.data.packing import BESTFIT
@@ -90,6 +94,19 @@ def row_cut(cfg: RunConfig) -> dict:
     return {"document_mask": cfg.data.document_mask, "packing": BESTFIT if cfg.data.packing else None}
 
 
+def for_the_next_phase(phase: Phase, cfg: RunConfig) -> list[str]:
+    """Settings that an open phase does not have, because it keeps those that it began with."""
+    given, weights = [], {share.name: share.weight for share in phase.shares if not share.is_replay}
+    if cfg.train.epochs != phase.epochs:
+        given.append(f"train.epochs {cfg.train.epochs}")
+    if weights.keys() <= {"", "new"}:  # one share of everything: what `_by_weight` and `_with_replay` call it
+        is_as_given = not cfg.data.weights
+    else:  # a replay has multiplied all of them by one number
+        wanted = {name: cfg.data.weights.get(name, 1) for name in weights}
+        is_as_given = len({Fraction(weights[name], wanted[name]) for name in weights}) == 1
+    return given if is_as_given else [*given, f"data.weights {cfg.data.weights}"]
+
+
 def _go_on(ledger: Ledger, chosen: list[Shard], wish: Wish, cfg: RunConfig) -> Ledger:
     phase = ledger.open_phase
     done = f"phase {phase.name} ({phase.dataset}) is at {phase.consumed / phase.total:.1%}"
@@ -114,11 +131,18 @@ def _budget_spent(budget: int, phase: Phase, global_rows: int) -> str:
     )
 
 
+def use_of(run: Path) -> str:
+    """The command that shows what a run has learned: a chat, if conversations were among it."""
+    newest = folder.entries(run)
+    is_assistant = newest and template_file(newest[-1].path)
+    return f"python launch/chat.py {run}" if is_assistant else f"python launch/generate.py {run} --prompt TEXT"
+
+
 def _nothing_to_do(ledger: Ledger, fresh: list[Shard], wish: Wish, cfg: RunConfig) -> str:
     if wish.only_new:
         return "Nothing new: every text in these datasets has been in a phase of this run already. Add files, tokenize them, and run again."
-    seen = f"This run has finished all of its {len(ledger.phases)} phases: it is already trained on this data."
+    seen = f"This run has finished all its phases ({len(ledger.phases)}): it is already trained on this data."
     new = f" {len(fresh)} shards are new: add --only-new to train on them." if fresh else " With new files: tokenize them and add --only-new."
     again = " For another pass over the same data: --reset-epoch."
-    other = f" To use the model: python launch/generate.py {cfg.run_folder} --prompt TEXT"
+    other = f" To use the model: {use_of(cfg.run_folder)}"
     return seen + new + again + other

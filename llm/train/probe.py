@@ -10,9 +10,10 @@ import platform
 
 import torch
 
+from llm.batch_plan import BatchPlan
 from llm.checkpoint.manifest import Manifest, Probed
 from llm.checkpoint.slices import CheckpointError
-from llm.config import BatchPlan, RunConfig
+from llm.config import RunConfig
 from llm.data.ledger import Ledger
 from llm.data.shards import Shard
 from llm.data.stream import Batch, eval_batches, step_digest
@@ -20,6 +21,8 @@ from llm.dist import World
 from llm.engine import Engine
 from llm.log import log
 from llm.train.phases import row_cut
+from llm.train.starts import device_name
+from llm.train.validate import summed
 
 ROWS = 8
 # Relative to the loss, where topology, precision or machine differ. fp32: other orders of summing move a loss by some 1e-6, and TF32
@@ -44,9 +47,8 @@ class Probe:
     def loss(self) -> float | None:
         """Mean over the counted targets; None if there are none. Collective, and ZeRO-3 needs every rank to evaluate as often."""
         sums = [self.engine.evaluate(batch) for batch in self.batches]
-        of_ranks = self.world.gather([sum(s for s, _ in sums), sum(n for _, n in sums)])  # added in order of rank: the same bits each time
-        n_targets = sum(n for _, n in of_ranks)
-        return sum(s for s, _ in of_ranks) / n_targets if n_targets else None
+        nats, n_targets = summed(self.world, [sum(s for s, _ in sums), sum(n for _, n in sums)])
+        return nats / n_targets if n_targets else None
 
     def taken(self) -> Probed | None:
         """What a checkpoint of the weights as they are now says. Collective."""
@@ -101,18 +103,10 @@ def _batches(shards: list[Shard], cfg: RunConfig, plan: BatchPlan, world: World)
 def _place(cfg: RunConfig, plan: BatchPlan, world: World) -> list:
     """All that may change the last bits of a loss, beside the weights and the data."""
     engine = cfg.engine.model_dump(mode="json", exclude={"device", "activation_checkpointing"})
-    device = torch.cuda.get_device_name(world.device) if world.device.startswith("cuda") else _processor()
+    device = device_name(world.device)
+    if not world.device.startswith("cuda"):  # CPUs of other kinds choose other kernels, which add in other orders
+        device = f"{platform.machine()} {device} {torch.backends.cpu.get_cpu_capability()}"
     return [plan.micro_rows, world.size, engine, cfg.model.attention, device, torch.get_num_threads(), torch.__version__]
-
-
-def _processor() -> str:
-    """CPUs of other kinds choose other kernels, which add in other orders."""
-    try:
-        with open("/proc/cpuinfo", encoding="utf-8", errors="replace") as file:
-            model = next((line.partition(":")[2].strip() for line in file if line.startswith("model name")), "")
-    except OSError:  # not Linux
-        model = platform.processor()
-    return f"{platform.machine()} {model} {torch.backends.cpu.get_cpu_capability()}"
 
 
 def _words(versions: dict[str, str]) -> str:

@@ -41,6 +41,8 @@ class StepProfiler:
         if running is None:
             return
         running.stop()
+        if self._done < self._began:  # the sitting ended where these steps would have begun
+            return
         trace = self._folder / f"profile-{self._began}-{self._done}.json.gz"
         try:
             running.export_chrome_trace(str(trace))

@@ -1,41 +1,40 @@
 """A sitting from start to end: open the data, find where the run stands, build model and engine, train phase after phase, tell what happened."""
 
-import time
-from collections.abc import Callable
-from contextlib import closing
+from collections.abc import Callable, Iterator
+from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
-from pathlib import Path
 
-from llm.checkpoint import folder
-from llm.checkpoint.lock import LockError, RunLock
-from llm.checkpoint.resume import Checkpoint, newest
+from llm.batch_plan import BatchPlan
+from llm.checkpoint.lock import RunLock
+from llm.checkpoint.resume import Checkpoint
 from llm.checkpoint.saver import SaveFailed
-from llm.config import BatchPlan, ConfigError, RunConfig, batch_plan
+from llm.config import RunConfig
 from llm.data.ledger import Ledger
 from llm.data.sampler import Sampler
 from llm.data.seen import seen_view
 from llm.data.shards import Shard
 from llm.data.stream import Stream, eval_batches
-from llm.dist import World
+from llm.dist import World, is_restarted
 from llm.engine import Engine, process
 from llm.engine.attention_kernel import attention_kernel, kernels_in_order
 from llm.engine.protocol import autocast
 from llm.log import log, result, route_output
-from llm.model.flops import count_params, flops_per_token, peak_flops
+from llm.model.flops import count_params
 from llm.model.transformer import Transformer
-from llm.tokenizer import Tokenizer, load_tokenizer
-from llm.train.anneal import CHANGED_BY_ANNEAL, Fork, find_fork
+from llm.tokenizer import Tokenizer
+from llm.train.anneal import Fork, find_fork
 from llm.train.budget import Sitting, horizon
-from llm.train.datasets import DatasetTokens, open_shards, pool
-from llm.train.exits import ExitNote
+from llm.train.datasets import DatasetTokens, pool
+from llm.train.drift import check_same
+from llm.train.exits import ExitNote, NeedsAPerson
 from llm.train.faults import StopFlag
 from llm.train.fit import fitted
 from llm.train.keeper import Keeper, write_view
-from llm.train.loop import Progress, train_phase
+from llm.train.loop import Progress, Ready, reraise, train_phase
 from llm.train.metrics import Metrics
-from llm.train.phases import Wish, choose_phase, row_cut
+from llm.train.phases import for_the_next_phase, row_cut
 from llm.train.probe import ACCEPT, Probe, probe_shards
-from llm.train.start import build_loaded_engine, check_identity, open_source, position
+from llm.train.start import Found, Options, WriteSamples, build_loaded_engine, find, make_folders, open_source
 from llm.train.starts import note_start
 from llm.train.summary import tell_sitting
 from llm.train.template import run_template
@@ -43,32 +42,6 @@ from llm.train.validate import reading_copy, token_byte_lengths, validate
 from llm.train.watchdog import Watchdog
 
 Measure = Callable[[Transformer, Tokenizer, World], dict[str, float]]
-WriteSamples = Callable[[RunConfig, Transformer, Tokenizer], dict[str, str]]
-
-
-@dataclass(frozen=True)
-class Options:
-    """What the command line asks of this sitting, beside the config."""
-
-    started_at: float
-    """time.monotonic() when the program started: --minutes-today counts from there."""
-    steps_today: int | None = None
-    minutes_today: float | None = None
-    tokens_today: int | None = None
-    wish: Wish = Wish()
-    init_from: str | None = None
-    anneal: int | None = None
-    """Train a fork of the run for so many tokens, with the learning rate going down to its floor."""
-    fresh: bool = False
-    accept_change: tuple[str, ...] = ()
-    from_step: int | None = None
-    """Go on from the checkpoint of this step, beside the newer ones."""
-    steal_lock: bool = False
-    retry_anyway: bool = False
-    restarted: bool = False
-    """By the launcher, with the words of the first start: what these asked to begin may have begun."""
-    write_samples: WriteSamples | None = None
-    """Prompt -> what the model writes after it; asked on rank 0 after each validation."""
 
 
 def train(cfg: RunConfig, world: World, options: Options, measure: Measure | None = None) -> None:
@@ -76,15 +49,50 @@ def train(cfg: RunConfig, world: World, options: Options, measure: Measure | Non
 
     `measure`: what eval.every lets pass over the model, as a collective; it gives the same {"TASK/METRIC": value} on every rank.
     """
+    settings = world.gather(cfg.model_dump(mode="json"))
+    world.together(lambda: check_same(settings))
     sitting = world.together(lambda: Sitting(options.started_at, options.steps_today, options.minutes_today, options.tokens_today))
-    run_cfg = cfg
-    fork = find_fork(world, run_cfg, options.anneal, options.from_step) if options.anneal else None
-    cfg = fork.config(run_cfg) if fork else run_cfg
+    fork = find_fork(world, cfg, options.anneal, options.from_step) if options.anneal else None
+    cfg = fork.config(cfg) if fork else cfg
+    world.together(lambda: _refuse_to_begin_again(options))
+    with _guarded(cfg, world) as guards:
+        found = find(cfg, world, options, fork, guards.lock)
+        has_begun = is_restarted() and found.at.ledger.open_phase is not None
+        chosen = found.choose(replace(options.wish, reset_epoch=options.wish.reset_epoch and not has_begun))
+        if isinstance(chosen, str):
+            if found.checkpoint and not found.begins_fork:  # whoever saved it may have been killed before it wrote this
+                world.on_rank_0(lambda: write_view(cfg.run_folder, seen_view(found.at.ledger)))
+            result(chosen)
+            return
+        ready = _prepare(found, chosen, options, measure, fork, sitting, guards)
+        guards.note.ended(_train(found, chosen, options, ready))
+
+
+def _refuse_to_begin_again(options: Options) -> None:
+    """A launcher starts its ranks anew with the very words of the first time, when what they had begun is to go on. --init-from and --reset-epoch
+    then begin nothing; these two would undo it."""
+    if is_restarted() and (again := {"--fresh", "--from-step"}.intersection(options.begins_with)):
+        flag = min(again)
+        raise NeedsAPerson(f"{flag}: this is a restart, and it would begin where the first start began. Start again without {flag} to go on.")
+
+
+@dataclass(frozen=True)
+class Guards:
+    """What stands around a sitting, whatever happens in it."""
+
+    stop: StopFlag
+    lock: RunLock
+    note: ExitNote
+    watchdog: Watchdog
+
+
+@contextmanager
+def _guarded(cfg: RunConfig, world: World) -> Iterator[Guards]:
     stop, lock, note = StopFlag(world.rank), RunLock(cfg.run_folder), ExitNote(cfg.log_folder, world)
     watchdog = Watchdog(cfg.train.hang_timeout_s, world.rank, note.write)
     try:
         with process.settled(world.device, cfg.engine.keep_memory), kernels_in_order(world.device):
-            _train(cfg, world, options, measure, fork, sitting, stop, lock, note, watchdog)
+            yield Guards(stop, lock, note, watchdog)
     except Exception as error:
         if lost := note.failed(error):
             raise lost from error
@@ -95,127 +103,60 @@ def train(cfg: RunConfig, world: World, options: Options, measure: Measure | Non
         stop.restore()
 
 
-def _train(
-    cfg: RunConfig,
-    world: World,
-    options: Options,
-    measure: Measure | None,
-    fork: Fork | None,
-    sitting: Sitting,
-    stop: StopFlag,
-    lock: RunLock,
-    note: ExitNote,
-    watchdog: Watchdog,
-) -> None:
-    tokenizer = world.together(lambda: load_tokenizer(cfg.tokenizer.tokenizer_path, cfg.tokenizer.tokenizer_type))
-    model_config = world.together(lambda: cfg.model.with_vocab(tokenizer.vocab_size))
-    cfg = cfg.model_copy(update={"model": model_config})
-    train_shards, val_shards = open_shards(cfg, tokenizer, world)
+def _train(found: Found, ledger: Ledger, options: Options, ready: Ready) -> str:
+    """The open phase, and with --only-new those that follow it; then tell what was done. Returns why it ended."""
+    at, first_step, why = found.at, found.at.step, None
+    try:
+        while why is None:
+            at.ledger = ledger
+            ready.metrics.end_step, ready.metrics.run_end_step = _end_steps(ready, at)
+            with closing(ready.world.together(lambda: _stream(at.ledger, found.train_shards, ready.plan, ready.world))) as stream:
+                why = train_phase(ready, stream, at)
+            if why == "phase finished" and options.wish.only_new:
+                chosen = found.choose(replace(options.wish, reset_epoch=False))
+                ledger, why = (chosen, None) if isinstance(chosen, Ledger) else (ledger, chosen)
+    except NeedsAPerson as error:  # the loop has saved what may be saved
+        problem = error
+        ready.world.together(lambda: reraise(problem))  # all ranks have it, and one tells it
+    except Exception:
+        _save_after_error(ready, at)
+        raise
+    finally:
+        ready.keeper.close()
+        ready.metrics.close()
+    if ready.world.rank == 0:
+        tell_sitting(ready.cfg, at, ready.sitting, ready.metrics, first_step, why, ready.plan.global_rows, options.begins_with)
+    return why
 
-    # a folder that does not exist is not made yet: a mistake found below leaves nothing behind
-    world.on_rank_0(lambda: _take_over(cfg.run_folder, lock, options.steal_lock) if cfg.run_folder.is_dir() else None)
-    if options.fresh:
-        world.on_rank_0(lambda: _move_aside(cfg.run_folder, lock))
-        train_shards, val_shards = open_shards(cfg, tokenizer, world)  # again: data.save_bin=false keeps shards in the folder that was moved
-    checkpoint = world.together(lambda: newest(world, cfg.run_folder, options.from_step if fork is None else None))
-    begins = fork is not None and checkpoint is None
-    checkpoint = world.together(fork.open) if begins else checkpoint
-    if checkpoint:
-        accepted = [*options.accept_change, *(CHANGED_BY_ANNEAL if begins else ())]
-        world.together(lambda: check_identity(checkpoint, cfg, tokenizer, None if options.restarted else options.init_from, accepted))
-    at = position(checkpoint)
-    plan = world.together(lambda: batch_plan(cfg, world.size, checkpoint.manifest.global_rows if checkpoint else None))
 
-    def choose(wish: Wish) -> Ledger | str:
-        return world.together(lambda: choose_phase(at.ledger, train_shards, wish, cfg, at.step, plan.global_rows))
-
-    has_begun = options.restarted and at.ledger.open_phase is not None
-    chosen = choose(replace(options.wish, reset_epoch=options.wish.reset_epoch and not has_begun))
-    if isinstance(chosen, str):
-        if checkpoint and not begins:  # whoever saved it may have been killed before it wrote this
-            world.on_rank_0(lambda: write_view(cfg.run_folder, seen_view(at.ledger)))
-        result(chosen)
-        return
+def _prepare(found: Found, ledger: Ledger, options: Options, measure: Measure | None, fork: Fork | None, sitting: Sitting, guards: Guards) -> Ready:
+    """Check what is left to check, then begin to write: folders, logs, the model in its engine with the checkpoint's state in it."""
+    cfg, world, at, plan, checkpoint, tokenizer = found.cfg, found.world, found.at, found.plan, found.checkpoint, found.tokenizer
     if fork:
-        world.together(lambda: fork.check_data(chosen, plan.global_rows, at.step))
-    source = world.together(lambda: open_source(options.init_from, tokenizer) if checkpoint is None else None)
-    template = world.together(lambda: run_template(train_shards, checkpoint, source, options.accept_change))
-    world.on_rank_0(lambda: _make_folders(cfg, lock))
+        world.together(lambda: fork.check_data(ledger, plan.global_rows, at.step))
+    source = world.together(lambda: open_source(options.init_from, cfg, tokenizer) if checkpoint is None else None)
+    template = world.together(lambda: run_template(found.train_shards, checkpoint, source, options.accept_change))
+
+    world.on_rank_0(lambda: make_folders(cfg, guards.lock, options.fresh))
     route_output(cfg.log_folder / f"rank-{world.rank}.log")
-    note.begin(at, options.retry_anyway)
+    guards.note.begin(at, options.retry_anyway)
+
     if not cfg.train.batch_tokens:  # the run's own global batch, which another number of ranks cuts otherwise
         cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"grad_accum": plan.accumulation})})
     engine = build_loaded_engine(cfg, world, checkpoint, source)
     if cfg.train.batch_size == "auto":
         plan = world.together(lambda: fitted(cfg, plan, world, engine))
-    probe = Probe(cfg, plan, world, engine, probe_shards(pool(train_shards), chosen))
+    probe = Probe(cfg, plan, world, engine, probe_shards(pool(found.train_shards), ledger))
     if checkpoint:
         world.together(lambda: probe.check(checkpoint.manifest, ACCEPT in options.accept_change))
-    keeper = Keeper(cfg, plan, world, engine, tokenizer, checkpoint, lock, probe, template, is_fork=begins)
-    _introduce(cfg, plan, world, checkpoint, at, chosen, engine.no_varlen)
-    metrics = _metrics(cfg, world, sitting, DatasetTokens(train_shards))
+    keeper = Keeper(cfg, plan, world, engine, tokenizer, checkpoint, guards.lock, probe, template, is_fork=found.begins_fork)
+    _introduce(cfg, plan, world, checkpoint, at, ledger, engine.no_varlen)
+
+    metrics = Metrics(cfg, world, sitting, DatasetTokens(found.train_shards))
     world.on_rank_0(lambda: metrics.start(at.step, note_start(cfg, world, plan, at.step)))
-    validator = _validator(cfg, plan, world, engine, tokenizer, val_shards)
-    if validator and options.write_samples:
-        validate_alone = validator
-
-        def validator() -> dict[str, float]:
-            values = validate_alone()
-            if texts := _write_samples(cfg, world, engine, tokenizer, options.write_samples):
-                metrics.samples(at.step, texts)
-            return values
-
-    validator = validator and watchdog.during("validation", validator)
-    measurer = watchdog.during("evaluation", lambda: _measured(cfg, world, engine, tokenizer, measure)) if measure else None
-    first_step = at.step
-    try:
-        while isinstance(chosen, Ledger):
-            at.ledger = chosen
-            metrics.end_step, metrics.run_end_step = _end_steps(cfg, plan, at, sitting)
-            with closing(world.together(lambda: _stream(at.ledger, train_shards, plan, world))) as stream:
-                reason = train_phase(cfg, plan, world, engine, stream, at, sitting, stop, metrics, validator, measurer, keeper, watchdog)
-            again = reason == "phase finished" and options.wish.only_new
-            chosen = choose(replace(options.wish, reset_epoch=False)) if again else reason
-    except Exception:
-        _save_after_error(world, engine, keeper, at)
-        raise
-    finally:
-        keeper.close()
-        metrics.close()
-    if world.rank == 0:
-        tell_sitting(cfg, at, sitting, metrics, first_step, chosen, plan.global_rows)
-    note.ended(chosen)
-
-
-def _take_over(run: Path, lock: RunLock, by_force: bool) -> None:
-    lock.take(by_force)
-    folder.clean(run)
-
-
-def _move_aside(run: Path, lock: RunLock) -> None:
-    if folder.has_committed(run):
-        aside = run.with_name(f"{run.name}.before-{time.strftime('%Y%m%dT%H%M%S')}")
-        run.rename(aside)
-        lock.leave(aside)
-        log.info(f"--fresh: the old run is now {aside}")
-
-
-def _make_folders(cfg: RunConfig, lock: RunLock) -> None:
-    looked_before = lock.owner is None  # for checkpoints, when the folder was not there to be locked
-    probe = cfg.run_folder / ".tmp-probe"
-    try:
-        cfg.run_folder.mkdir(parents=True, exist_ok=True)
-        lock.take()
-        if looked_before and folder.entries(cfg.run_folder):
-            raise LockError(f"{cfg.run_folder}: another job has begun this run in the meantime. Run again to go on from its checkpoint.")
-        cfg.log_folder.mkdir(parents=True, exist_ok=True)
-        probe.mkdir()
-        probe.rmdir()
-    except OSError as error:
-        raise ConfigError(
-            f"{error.filename or cfg.run_folder}: cannot be written ({error.strerror}). Checkpoints and logs go there: change "
-            f"checkpoint.checkpoint_dir or log.out_dir, or the folder's permissions."
-        ) from None
+    validator = _validator(found, cfg, plan, engine, metrics, options.write_samples)
+    measurer = (lambda: _measured(cfg, world, engine, tokenizer, measure)) if measure else None
+    return Ready(cfg, plan, world, engine, keeper, metrics, sitting, guards.stop, guards.watchdog, validator, measurer)
 
 
 def _stream(ledger: Ledger, shards: dict[str, list[Shard]], plan: BatchPlan, world: World) -> Stream:
@@ -223,42 +164,32 @@ def _stream(ledger: Ledger, shards: dict[str, list[Shard]], plan: BatchPlan, wor
     return Stream(sampler, plan.global_rows, world.rank, world.size, plan.micro_rows)
 
 
-def _end_steps(cfg: RunConfig, plan: BatchPlan, at: Progress, sitting: Sitting) -> tuple[int, int]:
+def _end_steps(ready: Ready, at: Progress) -> tuple[int, int]:
     """The steps at which this sitting and the run end at the latest, for the progress line."""
-    phase = at.ledger.open_phase
-    run_end = min(horizon(cfg, phase, plan.global_rows, at.step).end, at.step + -(-(phase.total - phase.consumed) // plan.global_rows))
+    phase, rows, sitting = at.ledger.open_phase, ready.plan.global_rows, ready.sitting
+    run_end = min(horizon(ready.cfg, phase, rows, at.step).end, at.step + -(-(phase.total - phase.consumed) // rows))
     today_end = at.step - sitting.steps_done + sitting.steps if sitting.steps else run_end
     return min(today_end, run_end), run_end
 
 
-def _metrics(cfg: RunConfig, world: World, sitting: Sitting, by_dataset: DatasetTokens) -> Metrics:
-    peak = None
-    if world.device.startswith("cuda"):
-        import torch
-
-        peak = peak_flops(torch.cuda.get_device_name(world.device))
-    return Metrics(
-        cfg,
-        sitting,
-        by_dataset,
-        speaks=world.rank == 0,
-        device=world.device,
-        flops_per_token=flops_per_token(cfg.model),
-        peak_flops=peak * world.size if peak else None,
-    )
-
-
 def _validator(
-    cfg: RunConfig, plan: BatchPlan, world: World, engine: Engine, tokenizer: Tokenizer, val_shards: list[Shard]
+    found: Found, cfg: RunConfig, plan: BatchPlan, engine: Engine, metrics: Metrics, write_samples: WriteSamples | None
 ) -> Callable[[], dict[str, float]] | None:
-    if not val_shards:
+    """What measures the validation loss and shows samples beside it; None without validation data."""
+    if not found.val_shards:
         return None
-    byte_lengths = token_byte_lengths(tokenizer, cfg.model.vocab_size)
+    world, byte_lengths = found.world, token_byte_lengths(found.tokenizer, cfg.model.vocab_size)
 
     def batches():
-        return eval_batches(val_shards, cfg.model.seq_len, plan.micro_rows, world.rank, world.size, cfg.train.eval_rows, **row_cut(cfg))
+        return eval_batches(found.val_shards, cfg.model.seq_len, plan.micro_rows, world.rank, world.size, cfg.train.eval_rows, **row_cut(cfg))
 
-    return lambda: validate(engine, batches, byte_lengths, world)
+    def validated() -> dict[str, float]:
+        values = validate(engine, batches, byte_lengths, world)
+        if write_samples and (texts := _write_samples(cfg, world, engine, found.tokenizer, write_samples)):
+            metrics.samples(found.at.step, texts)
+        return values
+
+    return validated
 
 
 def _write_samples(cfg: RunConfig, world: World, engine: Engine, tokenizer: Tokenizer, write: WriteSamples) -> dict[str, str]:
@@ -276,10 +207,11 @@ def _measured(cfg: RunConfig, world: World, engine: Engine, tokenizer: Tokenizer
         return measure(reading_copy(cfg, engine, world.device), tokenizer, world)
 
 
-def _save_after_error(world: World, engine: Engine, keeper: Keeper, at: Progress) -> None:
+def _save_after_error(ready: Ready, at: Progress) -> None:
     """Save what was trained before an exception, where that is safe: alone (no rank waits elsewhere) and between two updates."""
-    if world.size > 1 or engine.state()["optimizer_step"] != at.updates:
+    if ready.world.size > 1 or ready.engine.state()["optimizer_step"] != at.updates:
         return
+    keeper = ready.keeper
     for part in (keeper.finish, lambda: keeper.save(at) if at.step > keeper.saved_step else None):
         try:
             part()
@@ -300,9 +232,12 @@ def _introduce(
     log.info(f"{cfg.checkpoint.run_name} {start} at step {at.step:,}: {size}, {kind}, {engine.precision}, {world.device}")
     log.info(f"batch: {plan}")
     kernel = attention_kernel(cfg.model, engine.precision, world.device, cfg.data.document_mask, no_varlen)
-    log.info(f"attention: {kernel}; {'compiled' if engine.compile else 'not compiled (engine.compile)'}")
+    layers = cfg.model.n_layers
+    again = f"; {len(engine.recomputed_blocks(layers))} of {layers} blocks recomputed" if engine.activation_checkpointing else ""
+    log.info(f"attention: {kernel}; {'compiled' if engine.compile else 'not compiled (engine.compile)'}{again}")
     cut = f" packed ({phase.padding:.1%} padding)" if phase.packing else ""
+    kept = "".join(f" ({setting} is for the next phase)" for setting in for_the_next_phase(phase, cfg))
     log.info(
-        f"phase {phase.name}: {phase.samples:,} samples{cut} x {phase.epochs} epochs from {len(phase.shards)} shards, {phase.consumed:,} consumed; "
-        f"the schedule runs to step {horizon(cfg, phase, plan.global_rows, at.step).end:,}"
+        f"phase {phase.name}: {phase.samples:,} samples{cut} x {phase.epochs} epochs{kept} from {len(phase.shards)} shards, {phase.consumed:,} "
+        f"consumed; the schedule runs to step {horizon(cfg, phase, plan.global_rows, at.step).end:,}"
     )

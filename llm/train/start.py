@@ -1,22 +1,141 @@
-"""What a sitting begins with: the position, weights, moments and generators of a checkpoint, or another run's weights, each checked."""
+"""What a sitting begins with: what it is asked, its data and position, weights, moments and generators of a checkpoint, or another run's weights."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
 
 from torch import nn
 
-from llm.checkpoint.resume import Checkpoint, open_checkpoint
+from llm.batch_plan import BatchPlan, batch_plan
+from llm.checkpoint import folder
+from llm.checkpoint.lock import LockError, RunLock
+from llm.checkpoint.resume import Checkpoint, newest, open_checkpoint
 from llm.checkpoint.rng import load_rng_state
 from llm.checkpoint.slices import CheckpointError, state_hash
 from llm.config import ConfigError, RunConfig
 from llm.data.ledger import Ledger
-from llm.dist import World
+from llm.data.shards import Shard
+from llm.dist import World, is_restarted
 from llm.engine import Engine, build_engine
 from llm.log import log
 from llm.model.init import build_model
-from llm.tokenizer import Tokenizer
+from llm.model.transformer import Transformer
+from llm.tokenizer import Tokenizer, load_tokenizer
+from llm.train.anneal import CHANGED_BY_ANNEAL, Fork
+from llm.train.datasets import open_shards
 from llm.train.drift import check_drift
 from llm.train.loop import Progress
+from llm.train.phases import Wish, choose_phase
+
+WriteSamples = Callable[[RunConfig, Transformer, Tokenizer], dict[str, str]]
 
 
-def check_identity(checkpoint: Checkpoint, cfg: RunConfig, tokenizer: Tokenizer, init_from: str | None, accepted: list[str]) -> None:
+@dataclass(frozen=True)
+class Options:
+    """What the command line asks of this sitting, beside the config."""
+
+    started_at: float
+    """time.monotonic() when the program started: --minutes-today counts from there."""
+    steps_today: int | None = None
+    minutes_today: float | None = None
+    tokens_today: int | None = None
+    wish: Wish = Wish()
+    init_from: str | None = None
+    anneal: int | None = None
+    """Train a fork of the run for so many tokens, with the learning rate going down to its floor."""
+    fresh: bool = False
+    accept_change: tuple[str, ...] = ()
+    from_step: int | None = None
+    """Go on from the checkpoint of this step, beside the newer ones."""
+    steal_lock: bool = False
+    retry_anyway: bool = False
+    write_samples: WriteSamples | None = None
+    """Prompt -> what the model writes after it; asked on rank 0 after each validation."""
+
+    @property
+    def begins_with(self) -> list[str]:
+        """The flags that say how something begins: given once more they would begin it once more, or be refused."""
+        given = {
+            "--fresh": self.fresh,
+            "--from-step": self.from_step is not None and self.anneal is None,
+            "--init-from": self.init_from is not None,
+            "--reset-epoch": self.wish.reset_epoch,
+        }
+        return [flag for flag, is_given in given.items() if is_given]
+
+
+@dataclass(frozen=True)
+class Found:
+    """What a sitting begins with: the data, and where the run stands. All of it is checked, and the same on every rank."""
+
+    cfg: RunConfig
+    """With the vocabulary settled."""
+    world: World
+    tokenizer: Tokenizer
+    train_shards: dict[str, list[Shard]]
+    val_shards: list[Shard]
+    checkpoint: Checkpoint | None
+    begins_fork: bool
+    """The checkpoint is the trunk's: this run begins with it a history of its own."""
+    at: Progress
+    plan: BatchPlan
+
+    def choose(self, wish: Wish) -> Ledger | str:
+        """The ledger with a phase to train on, or why there is nothing to train. Collective."""
+        return self.world.together(lambda: choose_phase(self.at.ledger, self.train_shards, wish, self.cfg, self.at.step, self.plan.global_rows))
+
+
+def find(cfg: RunConfig, world: World, options: Options, fork: Fork | None, lock: RunLock) -> Found:
+    """Open the data and the newest checkpoint, and take the lock of a folder that is there. One that is not is not made yet."""
+    tokenizer = world.together(lambda: load_tokenizer(cfg.tokenizer.tokenizer_path, cfg.tokenizer.tokenizer_type))
+    cfg = cfg.model_copy(update={"model": world.together(lambda: cfg.model.with_vocab(tokenizer.vocab_size))})
+    train_shards, val_shards = open_shards(cfg, tokenizer, world)
+    world.on_rank_0(lambda: _take_over(cfg.run_folder, lock, options.steal_lock) if cfg.run_folder.is_dir() else None)
+    own = None if options.fresh else world.together(lambda: newest(world, cfg.run_folder, options.from_step if fork is None else None))
+    checkpoint = world.together(fork.open) if fork and own is None else own
+    if checkpoint:
+        accepted = [*options.accept_change, *(CHANGED_BY_ANNEAL if own is None else ())]
+        init_from = None if is_restarted() else options.init_from  # the launcher's words are those of the first start
+        world.on_rank_0(lambda: _check_identity(checkpoint, cfg, tokenizer, init_from, accepted))  # once, and told once
+    plan = world.together(lambda: batch_plan(cfg, world.size, checkpoint.manifest.global_rows if checkpoint else None))
+    return Found(cfg, world, tokenizer, train_shards, val_shards, checkpoint, checkpoint is not own, _position(checkpoint), plan)
+
+
+def _take_over(run: Path, lock: RunLock, by_force: bool) -> None:
+    lock.take(by_force)
+    folder.clean(run)
+
+
+def make_folders(cfg: RunConfig, lock: RunLock, fresh: bool) -> None:
+    """Make the run's folder ours to write in; with `fresh`, after what was there has gone aside."""
+    if fresh and folder.has_committed(cfg.run_folder):
+        aside = cfg.run_folder.with_name(f"{cfg.run_folder.name}.before-{time.strftime('%Y%m%dT%H%M%S')}")
+        cfg.run_folder.rename(aside)
+        lock.leave(aside)
+        for imported in aside.glob("*.imported"):  # with data.save_bin=false: this sitting's data, found or made there a moment ago
+            cfg.run_folder.mkdir(exist_ok=True)
+            imported.rename(cfg.run_folder / imported.name)
+        log.info(f"--fresh: the old run is now {aside}")
+    looked_before = lock.owner is None  # for checkpoints, when the folder was not there to be locked
+    try:
+        cfg.run_folder.mkdir(parents=True, exist_ok=True)
+        lock.take()
+        if looked_before and folder.entries(cfg.run_folder):
+            raise LockError(f"{cfg.run_folder}: another job has begun this run in the meantime. Run again to go on from its checkpoint.")
+        for path in (cfg.run_folder, cfg.log_folder):
+            path.mkdir(parents=True, exist_ok=True)
+            probe = path / ".tmp-probe"
+            probe.mkdir(exist_ok=True)
+            probe.rmdir()
+    except OSError as error:
+        raise ConfigError(
+            f"{error.filename or cfg.run_folder}: cannot be written ({error.strerror}). Checkpoints and logs go there: change "
+            f"checkpoint.checkpoint_dir or log.out_dir, or the folder's permissions."
+        ) from None
+
+
+def _check_identity(checkpoint: Checkpoint, cfg: RunConfig, tokenizer: Tokenizer, init_from: str | None, accepted: list[str]) -> None:
     """Refuse to go on with another tokenizer, another model or settings that nobody has accepted."""
     saved = checkpoint.manifest.tokenizer_fingerprint
     if saved != tokenizer.fingerprint:
@@ -33,7 +152,7 @@ def check_identity(checkpoint: Checkpoint, cfg: RunConfig, tokenizer: Tokenizer,
     check_drift(checkpoint.manifest.config, cfg, accepted)
 
 
-def position(checkpoint: Checkpoint | None) -> Progress:
+def _position(checkpoint: Checkpoint | None) -> Progress:
     """Where a checkpoint stands; the very beginning without one."""
     if checkpoint is None:
         return Progress(step=0, tokens_seen=0, ledger=Ledger(()), chain="")
@@ -70,11 +189,13 @@ def build_loaded_engine(cfg: RunConfig, world: World, checkpoint: Checkpoint | N
     return engine
 
 
-def open_source(init_from: str | None, tokenizer: Tokenizer) -> Checkpoint | None:
+def open_source(init_from: str | None, cfg: RunConfig, tokenizer: Tokenizer) -> Checkpoint | None:
     """The checkpoint that --init-from names."""
     if init_from is None:
         return None
     source = open_checkpoint(init_from)
+    if source.folder.resolve().is_relative_to(cfg.run_folder.resolve()):
+        raise ConfigError(f"--init-from {init_from} is the run that --fresh moves aside. Choose another checkpoint.run_name for the new one.")
     theirs = source.manifest.tokenizer_fingerprint
     if theirs != tokenizer.fingerprint:
         raise CheckpointError(

@@ -3,7 +3,6 @@
 sittings.jsonl has a line for each that ended as it should, so what was killed shows here alone.
 """
 
-import json
 import os
 import platform
 import socket
@@ -14,9 +13,10 @@ from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
 import llm
-from llm.config import BatchPlan, RunConfig
+from llm.batch_plan import BatchPlan
+from llm.config import RunConfig
 from llm.dist import World
-from llm.log import log
+from llm.train.lines import note
 
 LIBRARIES = ("torch", "deepspeed", "numpy", "tokenizers")
 
@@ -30,17 +30,13 @@ def note_start(cfg: RunConfig, world: World, plan: BatchPlan, step: int) -> dict
         "host": socket.gethostname(),
         "ranks": world.size,
         "batch": str(plan),
-        "device": _device_name(world.device),
+        "device": ", ".join(filter(None, (world.device, device_name(world.device)))),
         "cpus": os.cpu_count(),
         "system": platform.platform(),
         "versions": {"tally": llm.__version__, "python": platform.python_version()} | _versions(),
         "config": cfg.model_dump(mode="json"),
     }
-    try:
-        with open(cfg.log_folder / "starts.jsonl", "a", encoding="utf-8") as file:
-            print(json.dumps(record), file=file)
-    except OSError as error:  # what training needs is tried elsewhere
-        log.warning(f"{cfg.log_folder / 'starts.jsonl'}: cannot be written ({error.strerror}). Training begins all the same.")
+    note(cfg.log_folder / "starts.jsonl", record)
     return record
 
 
@@ -52,11 +48,12 @@ def _versions() -> dict[str, str]:
     return found
 
 
-def _device_name(device: str) -> str:
+def device_name(device: str) -> str:
+    """The GPU's name, or the processor's; empty where nothing tells."""
     if device.startswith("cuda"):
         import torch
 
-        return f"{device}, {torch.cuda.get_device_name(device)}"
-    about = Path("/proc/cpuinfo")
-    lines = about.read_text().splitlines() if device == "cpu" and about.exists() else []
-    return next((f"{device}, {line.split(':', 1)[1].strip()}" for line in lines if line.startswith("model name")), device)
+        return torch.cuda.get_device_name(device)
+    about = Path("/proc/cpuinfo")  # Linux has it
+    lines = about.read_text(encoding="utf-8", errors="replace").splitlines() if about.exists() else []
+    return next((line.partition(":")[2].strip() for line in lines if line.startswith("model name")), platform.processor())

@@ -1,18 +1,21 @@
 """What a sitting did, as one screen for people and one line of sittings.jsonl for programs."""
 
-import json
 import time
 
 from llm.checkpoint import folder
 from llm.config import RunConfig
-from llm.log import clock, log, result
+from llm.log import clock, result
 from llm.train.budget import Sitting, horizon
+from llm.train.lines import note
 from llm.train.loop import Progress
 from llm.train.metrics import Metrics
+from llm.train.phases import use_of
 
 
-def tell_sitting(cfg: RunConfig, at: Progress, sitting: Sitting, metrics: Metrics, first_step: int, reason: str, global_rows: int) -> None:
-    """Append to the log of sittings and show the summary. Rank 0 only."""
+def tell_sitting(
+    cfg: RunConfig, at: Progress, sitting: Sitting, metrics: Metrics, first_step: int, reason: str, global_rows: int, begins_with: list[str]
+) -> None:
+    """Append to the log of sittings and show the summary. `begins_with`: flags that the next one must do without. Rank 0 only."""
     seconds = time.monotonic() - sitting.started_at
     record = {
         "ended": time.strftime("%Y-%m-%dT%H:%M:%S"),
@@ -30,12 +33,8 @@ def tell_sitting(cfg: RunConfig, at: Progress, sitting: Sitting, metrics: Metric
         "mfu": round(metrics.mfu(metrics.tokens_per_s), 4) if metrics.peak_flops else None,
         "why": reason,
     }
-    try:
-        with open(cfg.log_folder / "sittings.jsonl", "a", encoding="utf-8") as file:
-            print(json.dumps(record), file=file)
-    except OSError as error:  # what was trained is saved all the same
-        log.warning(f"{cfg.log_folder / 'sittings.jsonl'}: cannot be written ({error.strerror}).")
-    rows = _rows(cfg, at, record, seconds, global_rows)
+    note(cfg.log_folder / "sittings.jsonl", record)
+    rows = _rows(cfg, at, record, seconds, global_rows) | {"next": _whats_next(cfg, at, reason, begins_with)}
     width = max(map(len, rows))
     result("This sitting:\n" + "\n".join(f"  {name:<{width}}  {text}" for name, text in rows.items()))
 
@@ -53,7 +52,7 @@ def _rows(cfg: RunConfig, at: Progress, did: dict, seconds: float, global_rows: 
         rows["loss"] = f"{did['loss_first']:.4f} to {did['loss_last']:.4f}{validation}"
     rows |= {"data": _data(at), "saved": _saved(cfg)}
     left = _left(cfg, at, did, global_rows)
-    return rows | ({"to go": left} if left else {}) | {"next": _whats_next(cfg, did["why"])}
+    return rows | ({"to go": left} if left else {})
 
 
 def _data(at: Progress) -> str:
@@ -81,9 +80,11 @@ def _left(cfg: RunConfig, at: Progress, did: dict, global_rows: int) -> str | No
     return f"{left:,} steps, about {clock(seconds)} of training at today's speed" if left > 0 else None
 
 
-def _whats_next(cfg: RunConfig, reason: str) -> str:
-    try_it = f"Try the model: python launch/generate.py {cfg.run_folder} --prompt TEXT"
+def _whats_next(cfg: RunConfig, at: Progress, reason: str, begins_with: list[str]) -> str:
+    try_it = f"Try the model: {use_of(cfg.run_folder)}"
     if reason == "budget spent":
         return f"The budget of {cfg.train.total_step_budget:,} steps is spent. {try_it}"
-    goes_on = reason != "phase finished" and not reason.startswith("Nothing new")
-    return "Run the same command again to go on." if goes_on else f"The chosen data has been trained on. {try_it}"
+    if at.ledger.open_phase is None:
+        return f"The chosen data has been trained on. {try_it}"
+    without = f", without {' and '.join(begins_with)}," if begins_with else ""
+    return f"Run the same command again{without} to go on."

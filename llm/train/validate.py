@@ -12,7 +12,10 @@ from llm.engine.protocol import Engine
 from llm.model.transformer import Transformer
 from llm.tokenizer.protocol import Tokenizer
 
-FIXED_POINT = 1 << 20  # losses are summed over ranks as integers, so that the order of ranks cannot matter
+
+def summed(world: World, values: list[float]) -> list[float]:
+    """Each value's sum over ranks, added in order of rank: the same bits on all of them. Collective."""
+    return [sum(of_ranks) for of_ranks in zip(*world.gather(values), strict=True)]
 
 
 def token_byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
@@ -36,12 +39,11 @@ def reading_copy(cfg: RunConfig, engine: Engine, device: str) -> Transformer:
 
 def validate(engine: Engine, batches: Callable[[], Iterable[Batch]], byte_lengths: np.ndarray, world: World) -> dict[str, float]:
     """Mean loss per counted token (nats), and bits per byte = total nats / ln 2 / bytes of the counted tokens. Collective."""
-    sums = np.zeros(3, dtype=np.int64)
+    rank_nats, rank_targets, rank_bytes = 0.0, 0, 0
     for batch in batches():
         loss_sum, n_targets = engine.evaluate(batch)
         targets = batch.targets_BT.numpy()
-        n_bytes = byte_lengths[targets[targets >= 0]].sum()
-        sums += np.array([round(loss_sum * FIXED_POINT), n_targets, n_bytes], dtype=np.int64)
-    nats, n_targets, n_bytes = world.sum_ints(sums.tolist())
-    nats /= FIXED_POINT
+        rank_nats, rank_targets = rank_nats + loss_sum, rank_targets + n_targets
+        rank_bytes += int(byte_lengths[targets[targets >= 0]].sum())
+    nats, n_targets, n_bytes = summed(world, [rank_nats, rank_targets, rank_bytes])
     return {"loss": nats / max(1, n_targets), "bits_per_byte": nats / math.log(2) / max(1, n_bytes)}

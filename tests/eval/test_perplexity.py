@@ -53,3 +53,7 @@ def test_longer_texts_are_scored_window_by_window_and_summed(stride, monkeypatch
 def test_no_text_is_refused():
     with pytest.raises(UserError, match="holds no characters"):
         perplexity.of_text(model(), tokenizer(), [])
+
+
+def test_a_model_that_is_beyond_all_measure_has_an_infinite_perplexity_and_no_overflow():
+    assert perplexity.named(1000.0, 1, 4)["perplexity"] == math.inf and perplexity.named(math.inf, 1, 4)["loss"] == math.inf

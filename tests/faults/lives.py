@@ -145,11 +145,11 @@ def _note_what_was_loaded(path: Path) -> None:
 
     train_phase = run.train_phase
 
-    def noting(cfg, plan, world, engine, *rest):
-        (state,) = world.sum_ints([state_hash(engine.local_slices())])
-        if world.rank == 0:
+    def noting(ready, *rest):
+        (state,) = ready.world.sum_ints([state_hash(ready.engine.local_slices())])
+        if ready.world.rank == 0:
             path.write_text(json.dumps(state))
-        return train_phase(cfg, plan, world, engine, *rest)
+        return train_phase(ready, *rest)
 
     run.train_phase = noting
 

@@ -229,7 +229,7 @@ WRAPS = {
     "fsync": _in_fsync,
     "manifest": lambda fire: _around(_saver().folder.durable, "write_text", before=lambda args: fire() if args[0].name == "MANIFEST.json" else None),
     "verify": lambda fire: _around(_resume(), "damage", before=lambda _: fire()),
-    "init": lambda fire: _around(_run(), "_metrics", before=lambda _: fire()),
+    "init": lambda fire: _around(_run(), "Metrics", before=lambda _: fire()),
     "compile": _first_step,
     "step": lambda fire: _around(_loop(), "step_digest", before=lambda _: fire()),
     "micro_batch": _forward,

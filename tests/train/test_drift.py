@@ -1,7 +1,9 @@
 import pytest
+from little_run import make_run, sit
+from ranks import run_ranks
 
 from llm.checkpoint.slices import CheckpointError
-from llm.config import check_config
+from llm.config import check_config, load_config
 from llm.train.drift import check_drift
 
 BASE = {
@@ -48,6 +50,18 @@ def test_what_changes_the_course_is_refused_with_both_values_until_accepted(caps
 )
 def test_the_machine_and_the_intervals_are_free(change):
     drift(**change)
+
+
+def accept_another_rate(world, config: str) -> None:
+    sit(world, config, steps_today=1)
+    sit(world, config, ["lr=0.02"], steps_today=1, accept_change=("train.lr",))
+
+
+def test_a_change_that_is_accepted_is_told_by_one_rank(tmp_path):
+    config = make_run(tmp_path)
+    run_ranks(accept_another_rate, 2, tmp_path, str(config))
+    logs = [(load_config(config).log_folder / f"rank-{rank}.log").read_text() for rank in (0, 1)]
+    assert ["WARNING accepted: train.lr: 0.01 in the checkpoint, 0.02 now." in log for log in logs] == [True, False]
 
 
 def test_z_loss_changes_the_course_and_not_what_the_model_is():

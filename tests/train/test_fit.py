@@ -8,7 +8,8 @@ import torch
 from little_run import SEQ_LEN, make_run, sit
 from ranks import run_ranks
 
-from llm.config import ConfigError, batch_plan, load_config, smaller_rows
+from llm.batch_plan import batch_plan, smaller_rows
+from llm.config import ConfigError, load_config
 from llm.dist import World
 from llm.engine.torch_engine import TorchEngine
 from llm.train.fit import OutOfMemory, fitted

@@ -63,6 +63,25 @@ def test_a_step_without_a_checkpoint_is_refused_with_those_that_there_are(config
     assert done.returncode == 2 and "leave out --fresh" in done.stderr and len(names(config)) == 5
 
 
+@pytest.mark.parametrize("words", [("--dataset", "else"), ("--init-from", "RUN"), ("--init-from", "nowhere")])
+def test_a_fresh_start_that_is_refused_leaves_the_old_run_where_it_was(config, words):
+    run = load_config(config).run_folder
+    before = contents(run)
+    done = train("--config", config, "--fresh", *(str(run) if word == "RUN" else word for word in words))
+    assert done.returncode == 2 and done.stderr.count("error: ") == 1, done.stderr
+    assert contents(run) == before and [path.name for path in run.parent.iterdir()] == [run.name]
+
+
+@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
+@pytest.mark.parametrize("words", [("--fresh",), ("--from-step", "4")])
+def test_a_restart_by_a_launcher_never_begins_again_what_the_first_start_has_begun(config, words, variable):
+    run = load_config(config).run_folder
+    before = names(config)
+    done = train("--config", config, *words, **{variable: "1"})
+    assert done.returncode == 3 and f"Start again without {words[0]} to go on" in done.stderr
+    assert names(config) == before and [path.name for path in run.parent.iterdir()] == [run.name]
+
+
 def test_a_damaged_one_is_named_and_no_other_step_is_taken_in_its_place(config):
     run = load_config(config).run_folder
     shard = next((run / "step-000000004-a1").glob("shard-*"))

@@ -13,7 +13,7 @@ from ranks import run_ranks
 from llm.config import ConfigError, check_config
 from llm.data.ledger import Ledger
 from llm.data.shards import Shard
-from llm.train.phases import Wish, choose_phase
+from llm.train.phases import Wish, choose_phase, for_the_next_phase
 
 ROOT = Path(__file__).parents[2]
 CORPUS = targets_of_the_corpus((0, 150), (200, 341))
@@ -87,6 +87,21 @@ def test_the_part_of_old_data_is_that_asked_for_whatever_the_weights_of_the_new(
     weights = [s.weight for s in phase.shares]
     assert [s.name for s in phase.shares] == ["a", "b", "replay"]
     assert (weights[2] / sum(weights), weights[1] / weights[0]) == (0.1, 3)
+
+
+def test_settings_that_come_too_late_for_an_open_phase_are_named(datasets):
+    two = {name: datasets[name] for name in "ab"}
+    even, weighted = (choose_phase(Ledger(), two, Wish(), settings(**weights), 0, 4).open_phase for weights in ({}, {"a": 2, "b": 6}))
+    for phase, weights, named in (
+        (even, {}, []), (even, {"a": 1}, ["data.weights {'a': 1}"]), (weighted, {"a": 2, "b": 6}, []), (weighted, {"a": 1, "b": 3}, []),
+        (weighted, {}, ["data.weights {}"]), (weighted, {"a": 1, "b": 2}, ["data.weights {'a': 1, 'b': 2}"]),
+    ):  # fmt: skip
+        assert for_the_next_phase(phase, settings(**weights)) == named
+    ledger = choose_phase(Ledger(), {"c": datasets["c"]}, Wish(), settings(), 0, 4)
+    ledger = ledger.advance(ledger.open_phase.total, 1)
+    for weights in ({}, {"a": 1, "b": 3}):
+        replayed = choose_phase(ledger, datasets, Wish(only_new=True, replay=0.1), settings(**weights), 1, 4).open_phase
+        assert for_the_next_phase(replayed, settings(**weights)) == []
 
 
 @pytest.mark.parametrize(("wish", "weights", "told"), [

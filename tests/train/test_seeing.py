@@ -76,6 +76,30 @@ def test_metrics_come_in_groups_and_time_is_divided_without_rest(seen_run):
     assert steps[-1]["data/data_tokens"] == 149 + 140, "every token but each shard's first"
 
 
+def stop_before_the_profile(world, config: str) -> dict:
+    return sit(world, config, ["log.profile=[3, 5]"], steps_today=2)
+
+
+def test_a_sitting_that_ends_where_a_profile_would_begin_leaves_none(tmp_path):
+    config = make_run(tmp_path)
+    assert run_ranks(stop_before_the_profile, 1, tmp_path, str(config))[0]["step"] == 2
+    assert not list(logs(config).glob("profile-*"))
+
+
+def sit_three_times(world, config: str) -> None:
+    for settings in (["activation_checkpointing=0.5"], ["activation_checkpointing=0.1", "epochs=3"], []):
+        sit(world, config, settings, steps_today=1)
+
+
+def test_the_first_lines_tell_how_many_blocks_are_recomputed_and_of_epochs_that_come_too_late_for_the_phase(tmp_path):
+    config = make_run(tmp_path)
+    run_ranks(sit_three_times, 1, tmp_path, str(config))
+    told = (logs(config) / "rank-0.log").read_text()
+    assert told.count(" RESULT This sitting:\n") == 3
+    assert re.findall(r"\d of \d blocks recomputed", told) == ["1 of 2 blocks recomputed", "0 of 2 blocks recomputed"]
+    assert re.findall(r"x 1 epochs (\(.*?\))", told) == ["(train.epochs 3 is for the next phase)"]
+
+
 def sit_compiled(world, config: str, overrides: list[str]) -> dict:
     import torch
 

@@ -1,15 +1,16 @@
 """What a sitting leaves behind beside its checkpoints: metrics, TensorBoard, the log of sittings, the view of the ledger."""
 
 import json
-from pathlib import Path
 
 import pytest
-from little_run import make_run, sit
+from little_run import make_run, message_of, sit
 from ranks import run_ranks
 
 from llm.checkpoint import folder
 from llm.config import load_config
 from llm.dist import World
+from llm.train.budget import Sitting
+from llm.train.datasets import DatasetTokens
 
 
 def run_of(config):
@@ -122,34 +123,77 @@ def test_an_update_that_is_not_finite_is_refused_and_noted_with_its_samples(tmp_
     assert (skipped["start"], skipped["stop"], skipped["step"]) == (8, 12, 3)
 
 
-def test_three_refused_updates_in_a_row_stop_the_run_without_saving_them(tmp_path):
+@pytest.mark.parametrize("ranks", [1, 2])
+def test_three_refused_updates_in_a_row_stop_the_run_without_saving_them(tmp_path, ranks):
     config = make_run(tmp_path)
-    first, second = run_ranks(lose_the_loss_in_the_third_step, 2, tmp_path, str(config), 3)
-    assert first == second and first.startswith("3 updates in a row")
+    told = run_ranks(lose_the_loss_in_the_third_step, ranks, tmp_path, str(config), 3)
+    assert len(set(told)) == 1 and told[0].startswith("3 updates in a row") and "Nothing was saved since step 0" in told[0]
     assert not folder.entries(run_of(config))
+    logs = [(run_of(config) / "logs" / f"rank-{rank}.log").read_text() for rank in range(ranks)]
+    assert [log.count("ERROR 3 updates in a row") for log in logs] == ([1, 0] if ranks == 2 else [0]), "of several ranks one tells it"
 
 
-def begin_afresh(world: World, config: str) -> int:
-    sit(world, config, steps_today=2)
-    return sit(world, config, fresh=True, steps_today=3)["step"]
+def run_away(world: World, config: str) -> str:
+    return message_of(world, config, ["lr=1e30", "warmup_steps=0", "eval_every=1"])
 
 
-def test_a_run_of_bare_ids_begins_afresh_though_its_shard_lay_in_the_folder_that_is_moved(tmp_path):
-    ids = tmp_path / "mine.jsonl"
-    ids.write_text("".join(f"[{n}, {n + 1}, 0]\n" for n in range(1, 60)))
-    config = make_run(tmp_path, data_path=str(ids), save_bin=False)
-    assert run_ranks(begin_afresh, 1, tmp_path, str(config)) == [3]
-    assert len(list((tmp_path / "checkpoints").glob("little.before-*"))) == 1
+def test_a_run_whose_weights_run_away_ends_with_what_a_person_can_do_though_it_validates_them(tmp_path):
+    told = run_ranks(run_away, 2, tmp_path, str(make_run(tmp_path)))
+    assert all(t.startswith("NeedsAPerson: 3 updates in a row were refused") and "Lower train.lr" in t for t in told), told
 
 
-@pytest.mark.skipif(not Path("/dev/full").exists(), reason="needs a file that is always full")
-def test_logs_on_a_full_disk_lose_their_lines_and_training_goes_on(tmp_path):
+def test_a_run_goes_on_when_its_logs_cannot_be_written_and_says_so_once_for_each(tmp_path):
     config = make_run(tmp_path)
     logs = run_of(config) / "logs"
     logs.mkdir(parents=True)
-    for name in ("metrics.jsonl", "sittings.jsonl", "starts.jsonl"):
+    names = ("metrics.jsonl", "starts.jsonl", "sittings.jsonl")
+    for name in names:
         (logs / name).symlink_to("/dev/full")
-    run_ranks(sit, 1, tmp_path, str(config))
-    assert folder.entries(run_of(config))[-1].step == 10
+    assert run_ranks(sit, 1, tmp_path, str(config))[0]["step"] == 10
     told = (logs / "rank-0.log").read_text()
-    assert told.count("what is told there is lost for now") == 1 and "No space left on device" in told
+    assert [told.count(f"{logs / name}: cannot be written (No space left on device)") for name in names] == [1, 1, 1]
+
+
+def fill_the_disk_under_tensorboard(world: World, config: str) -> str:
+    import resource
+
+    from llm.train.metrics import Metrics
+
+    cfg = load_config(config, ["tensorboard=true", "vocab_size=2048"])
+    cfg.log_folder.mkdir(parents=True)
+    metrics = Metrics(cfg, world, Sitting(0.0), DatasetTokens({}))
+    resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
+    metrics.page("a", "text", 1)
+    metrics.close()
+    return "went on"
+
+
+def test_a_disk_that_is_full_ends_tensorboard_and_not_training(tmp_path):
+    assert run_ranks(fill_the_disk_under_tensorboard, 1, tmp_path, str(make_run(tmp_path))) == ["went on"]
+
+
+def tell_many_steps_on_rank_1(world: World, config: str) -> int:
+    from llm.train.metrics import Metrics
+
+    if world.rank == 0:
+        return 0
+    metrics = Metrics(load_config(config, ["vocab_size=2048"]), world, Sitting(0.0), DatasetTokens({}))
+    for step in range(100):
+        metrics.step(step, None, loss=1.0, lr=1.0, grad_norm=1.0, tokens=1, seconds=1.0, data_wait_s=0.0)
+    return len(metrics._window)
+
+
+def test_ranks_that_tell_nothing_keep_nothing_of_their_steps(tmp_path):
+    config = make_run(tmp_path)
+    assert run_ranks(tell_many_steps_on_rank_1, 2, tmp_path, str(config)) == [0, 0]
+
+
+def with_another_rate_on_rank_1(world: World, config: str) -> str:
+    return message_of(world, config, ["lr=0.5"] if world.rank else [])
+
+
+def test_ranks_that_were_started_with_other_settings_are_refused_together(tmp_path):
+    config = make_run(tmp_path)
+    told = run_ranks(with_another_rate_on_rank_1, 2, tmp_path, str(config))
+    assert told == ["ConfigError: train.lr is 0.01 on rank 0, but 0.5 on rank 1. Start all ranks with one config."] * 2
+    assert not run_of(config).exists()

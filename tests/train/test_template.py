@@ -70,6 +70,7 @@ def test_the_template_of_the_data_travels_with_the_weights_and_another_one_is_re
     assert not (tmp_path / "checkpoints" / "both").exists()
     run = load_config(config).run_folder
     assert "tokenizer/template.json" in [file.path for file in newest_manifest(config).files]  # hashed with the others
+    assert f"Try the model: python launch/chat.py {run}\n" in (run / "logs" / "rank-0.log").read_text()
     thinned = [entry.path for entry in entries(run, thinned=True) if entry.path.name.startswith("weights")]
     assert thinned and all(kept_template(path) == MINE for path in thinned)
 
