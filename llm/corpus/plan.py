@@ -3,6 +3,7 @@
 Into units, whose borders never depend on the number of workers, and tasks: handfuls of units for one worker at a time.
 """
 
+import hashlib
 import os
 import shutil
 from collections import Counter
@@ -21,6 +22,7 @@ from llm.log import UserError, log, progress
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 4 << 20, 512 << 20
 UNITS_PER_SOURCE = 64
 TASK_BYTES = 4 << 20
+_ENDING_BYTES = 64 << 10
 T = TypeVar("T")
 
 
@@ -119,8 +121,9 @@ def plan_units(sources: list[Source], options: ReadOptions, manifest: Manifest |
     units, unit_bytes = [], {}
     known = _known_by_name(manifest)
     for source in sources:
-        earlier = known.get(source.name, [])
-        unit_bytes[source.path] = earlier[0]["unit_bytes"] if earlier else unit_bytes_for(source.size)
+        of_this_name = known.get(source.name, [])
+        earlier = [entry for entry in of_this_name if _was(source, entry)]
+        unit_bytes[source.path] = (earlier or of_this_name)[0]["unit_bytes"] if of_this_name else unit_bytes_for(source.size)
         ends = [entry["bytes"] for entry in earlier]
         starts = unit_borders(source.path, source.size, unit_bytes[source.path], ends, options)
         units += [Unit(source, start, stop) for start, stop in zip(starts, [*starts[1:], source.size], strict=True)]
@@ -133,6 +136,18 @@ def _known_by_name(manifest: Manifest | None) -> dict[str, list[dict]]:
         for name in entry["names"]:
             known.setdefault(name, []).append(entry)
     return known
+
+
+def _was(source: Source, entry: dict) -> bool:
+    """Whether the manifest's entry is of this file, which may have grown since, and not of another of the same name."""
+    return entry["bytes"] <= source.size and entry.get("ending") in (None, ending(source.path, entry["bytes"]))  # None: of an older version
+
+
+def ending(path: Path, size: int) -> str:
+    """A hash of what stands last in the first `size` bytes of a file."""
+    with open(path, "rb") as file:
+        file.seek(max(0, size - _ENDING_BYTES))
+        return hashlib.sha256(file.read(min(size, _ENDING_BYTES))).hexdigest()
 
 
 def plan_tasks(units: list[Unit], settings: dict) -> list[Task]:

@@ -69,7 +69,9 @@ def tokenize_corpus(request: Request) -> Report:
         part_units = [unit for task in tasks for unit in read_part(work, task)]
         counts = _checked_counts(part_units)
         read_sources = identify(part_units)
-        distinct = distinct_units(read_sources)
+        if not read_sources:
+            raise Unusable("there is no text: the inputs hold no document that is not empty. Give files with text.")
+        distinct = distinct_units(read_sources, {source["source_id"] for source in manifest.sources} if manifest else set())
         _check_amount(distinct, manifest)
 
         note_use(Path(request.tokenizer_path), request.out)
@@ -194,8 +196,6 @@ def _checked_counts(part_units: list[PartUnit]) -> Counts:
 
 
 def _check_amount(units: list[PartUnit], manifest: Manifest | None) -> None:
-    if not units:
-        raise Unusable("there is no text: the inputs hold no document that is not empty. Give files with text.")
     n_docs = {role: sum(unit.record[role]["docs"] for unit in units) for role in ROLES}
     if not manifest and not n_docs["train"]:
         raise Unusable(

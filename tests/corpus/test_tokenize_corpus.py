@@ -2,8 +2,11 @@
 
 import gzip
 import json
+import shutil
 import time
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from raw_text import contents, documents_of, manifest_id, prose, raw_texts, stamp_of, texts_of, write_jsonl
 
 from llm.corpus import plan
@@ -145,6 +148,32 @@ def test_the_same_text_in_two_files_is_used_once_and_said(request_for, raw, toke
     tokenize_corpus(request_for())
     assert sorted(texts_of(request_for().out, tokenizer_folder)) == sorted(set(raw_texts(raw)))
     assert "used once" in capsys.readouterr().out
+
+
+def test_files_of_one_name_are_told_apart_and_each_keeps_its_units(request_for, tmp_path):
+    files = [write_jsonl(tmp_path / folder / "train.jsonl", [prose(1000 * i + j, 60) for j in range(n)])
+             for i, (folder, n) in enumerate((("books", 30), ("wiki", 100)))]  # fmt: skip
+    request = request_for(inputs=tuple(map(str, files)))
+    assert sum(meta.n_docs for meta in tokenize_corpus(request).shards) == 130
+    assert tokenize_corpus(request).shards == []
+    write_jsonl(files[0], [prose(j, 60) for j in range(40)])
+    assert sum(meta.n_docs for meta in tokenize_corpus(request).shards) == 10
+
+
+def test_text_that_is_there_is_not_new_in_another_kind_of_file_or_as_a_copy_that_is_cut_otherwise(request_for, tmp_path):
+    documents = [prose(i, 60) for i in range(100)]
+    path = write_jsonl(tmp_path / "raw" / "a.jsonl", documents[:70])
+    tokenize_corpus(request_for())
+    write_jsonl(path, documents)  # it has grown, so its units are not those of a file that has always been so large
+    assert sum(meta.n_docs for meta in tokenize_corpus(request_for()).shards) == 30
+    shutil.copy(path, path.with_name("copy.jsonl"))
+    pq.write_table(pa.table({"text": documents}), path.with_name("a.parquet"), row_group_size=30)
+    assert tokenize_corpus(request_for()).shards == []
+    assert sum(meta.n_docs for meta in tokenize_corpus(request_for("another")).shards) == 100
+    names = [sorted(source["names"]) for source in load_manifest(request_for().out).sources]
+    assert names == [["raw/a.jsonl"], ["raw/a.jsonl", "raw/a.parquet", "raw/copy.jsonl"]]
+    write_jsonl(path, [*documents, "one more"])
+    assert [meta.n_docs for meta in tokenize_corpus(request_for()).shards] == [1]
 
 
 def test_units_of_a_grown_source_keep_the_size_of_its_first_time(request_for, tmp_path, monkeypatch):
