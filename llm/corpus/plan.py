@@ -10,7 +10,7 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from llm.corpus import compressed
 from llm.corpus.formats import is_cut, is_readable, kinds, unit_borders
@@ -59,7 +59,10 @@ class Task:
 
 def find_sources(inputs: Iterable[Path | str], options: ReadOptions) -> list[Source]:
     """The files named, and those inside the folders named, in the order of their names."""
-    found = [source for path in map(Path, inputs) for source in _sources_at(path, options)]
+    try:
+        found = [source for path in map(Path, inputs) for source in _sources_at(path, options)]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}). Put that right, or leave it out.") from None
     return sorted({source.path: source for source in found}.values(), key=lambda source: (source.name, source.path))
 
 
@@ -70,7 +73,7 @@ def _sources_at(path: Path, options: ReadOptions) -> list[Source]:
         if not is_readable(path) and not options.format:
             raise UserError(f"{path}: cannot read files called *{path.suffix}; {kinds()} can be read. Say with --format what it is, or convert it.")
         return [_source(path, path.name)]
-    files = [file for file in path.rglob("*") if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)]
+    files = _files_in(path)
     sources = [_source(file, str(file.relative_to(path.parent))) for file in files if is_readable(file)]
     if not sources:
         raise UserError(f"{path}: holds no file called {kinds()}. Give such files, or a folder that holds them.")
@@ -79,9 +82,27 @@ def _sources_at(path: Path, options: ReadOptions) -> list[Source]:
     return sources
 
 
+def _files_in(path: Path) -> list[Path]:
+    """All files in a folder but hidden ones. Links to folders are not followed, for they may lead in circles; that is said."""
+    files, links = [], []
+    for at, folders, names in os.walk(path, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links += [link for link in (Path(at, name) for name in folders) if link.is_symlink()]
+        files += [file for file in (Path(at, name) for name in names if not name.startswith(".")) if not file.is_fifo()]
+    if links:
+        log.warning(f"{path}: links to folders are not followed: {len(links):,}, for example {links[0]}. Name such folders beside it")
+    return files
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
 def _source(path: Path, name: str) -> Source:
     status = path.stat()
-    return Source(path.absolute(), name, status.st_size, status.st_mtime_ns)
+    open(path, "rb").close()  # better refused now than in a worker
+    shown = name.encode(errors="surrogateescape").decode(errors="replace")  # names of files may be any bytes
+    return Source(path.absolute(), shown, status.st_size, status.st_mtime_ns)
 
 
 def unpacked(sources: list[Source], work: Path, options: ReadOptions) -> list[Source]:
@@ -89,7 +110,7 @@ def unpacked(sources: list[Source], work: Path, options: ReadOptions) -> list[So
 
     What an interrupted run has unpacked is used again.
     """
-    packed = [source for source in sources if source.path.suffix in (".gz", ".zst") and is_cut(source.path, options)]
+    packed = [source for source in sources if compressed.packing(source.path) in (".gz", ".zst") and is_cut(source.path, options)]
     plain = {}
     if packed:
         with progress(sum(source.size for source in packed), "unpacking", "bytes") as bar:

@@ -219,6 +219,12 @@ def test_a_compressed_text_is_cut_as_the_plain_one(separator, tmp_path, monkeypa
         assert [(d.text, d.index) for d in read(tmp_path / "a.txt.gz", ReadOptions(separator=separator))[0]] == plain
 
 
+def test_names_in_capitals_say_the_same(tmp_path):
+    (tmp_path / "A.TXT.GZ").write_bytes(gzip.compress(b"hello"))
+    (tmp_path / "B.ZIP").write_bytes(as_zip(**{"a.txt": b"hello"}))
+    assert texts(tmp_path / "A.TXT.GZ") == texts(tmp_path / "B.ZIP") == ["hello"]
+
+
 # what is refused
 
 
@@ -238,6 +244,16 @@ def test_damaged_files_are_refused_with_their_name_and_never_read_in_part(tmp_pa
     assert "element 2" in refusal(tmp_path / "b.json")
     (tmp_path / "b.csv").write_bytes(b'text,n\na,1\n"b,2\nc,3\n')
     assert "line 3: a quote opens here" in refusal(tmp_path / "b.csv")
+
+
+OTHERS = {"gzip": gzip.compress(b"hello"), "zip": as_zip(a=b"hello"), "a PDF": b"%PDF-1.7\n\xe2\xe3", "UTF-16": "\ufeffhello".encode("utf-16-le")}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_what_is_no_plain_text_is_refused_under_the_name_of_text_unless_it_is_said_to_be(what, tmp_path):
+    (tmp_path / "a.txt").write_bytes(OTHERS[what])
+    assert what in refusal(tmp_path / "a.txt")
+    assert len(texts(tmp_path / "a.txt", format="txt")) == 1
 
 
 def test_a_bomb_is_refused_before_it_is_read(tmp_path, monkeypatch):

@@ -176,6 +176,14 @@ def test_text_that_is_there_is_not_new_in_another_kind_of_file_or_as_a_copy_that
     assert [meta.n_docs for meta in tokenize_corpus(request_for()).shards] == [1]
 
 
+def test_a_dataset_inside_the_folder_of_its_text_is_not_taken_for_text(request_for, raw, tokenizer_folder):
+    for name in ("raw", "raw/set"):
+        tokenize_corpus(request_for(name, emit_jsonl=True))
+    (raw / "new.txt").write_text("quite new text")
+    for name in ("raw", "raw/set"):
+        assert [meta.n_docs for meta in tokenize_corpus(request_for(name, emit_jsonl=True)).shards] == [1]
+
+
 def test_units_of_a_grown_source_keep_the_size_of_its_first_time(request_for, tmp_path, monkeypatch):
     monkeypatch.setattr(plan, "UNITS_PER_SOURCE", 1)  # so that a larger file would get larger units
     documents = [prose(i, 40) for i in range(600)]
