@@ -46,7 +46,7 @@ def identify(part_units: list[PartUnit]) -> list[ReadSource]:
         if with_docs:
             sources.append(ReadSource(source, source_id_of(unit.digests() for unit in with_docs), with_docs))
         else:
-            log.warning(f"{source.path}: holds no document that is not empty; left out")
+            log.warning(f"{source.given}: holds no document that is not empty; left out")
     return sorted(sources, key=lambda source: (source.source_id, [unit.unit_id for unit in source.units]))
 
 

@@ -34,6 +34,13 @@ class Source:
     name: str
     size: int
     mtime_ns: int
+    packed: Path | None = None
+    """What it was unpacked from, if so."""
+
+    @property
+    def given(self) -> Path:
+        """The file that the person knows."""
+        return self.packed or self.path
 
 
 @dataclass(frozen=True)
@@ -128,7 +135,7 @@ def _unpack(source: Source, work: Path) -> Source:
         with compressed.opened(source.path) as stream, open(tmp, "wb") as file:
             shutil.copyfileobj(stream, file, 1 << 20)
         tmp.replace(path)
-    return replace(source, path=path, size=path.stat().st_size)
+    return replace(source, path=path, size=path.stat().st_size, packed=source.path)
 
 
 def unit_bytes_for(size: int) -> int:

@@ -179,17 +179,17 @@ def _stamp(seconds: int) -> str:
 
 def _checked_counts(part_units: list[PartUnit]) -> Counts:
     """The sum of what reading has met. Refuses a source of which too much cannot be read."""
-    total, by_path = Counts(), {}
+    total, by_source = Counts(), {}
     for part_unit in part_units:
         counts = Counts(**part_unit.record["counts"])
-        by_path.setdefault(part_unit.unit.source.path, Counts()).add(counts)
+        by_source.setdefault(part_unit.unit.source, Counts()).add(counts)
         total.add(counts)
     for example in total.examples:
         log.warning(f"malformed: {example}")
-    for path, counts in by_path.items():
+    for source, counts in by_source.items():
         if counts.malformed > MAX_MALFORMED * counts.records:
             raise Unusable(
-                f"{path}: {counts.malformed:,} of {counts.records:,} records are malformed, and more than {MAX_MALFORMED:.1%} is too "
+                f"{source.given}: {counts.malformed:,} of {counts.records:,} records are malformed, and more than {MAX_MALFORMED:.1%} is too "
                 f"many to go on. The first: {counts.examples[0]}. Repair the file, or leave it out."
             )
     return total

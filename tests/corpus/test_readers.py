@@ -225,6 +225,15 @@ def test_names_in_capitals_say_the_same(tmp_path):
     assert texts(tmp_path / "A.TXT.GZ") == texts(tmp_path / "B.ZIP") == ["hello"]
 
 
+def test_times_that_python_cannot_hold_do_no_harm_to_the_text_beside_them(tmp_path):
+    nanoseconds, far = pa.array([1, 2], pa.timestamp("ns")), pa.array([2**40] * 2, pa.timestamp("s"))
+    table = pa.table({"text": ["one", "two"], "at": nanoseconds, "until": far})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    assert texts(tmp_path / "a.parquet") == texts(tmp_path / "a.arrow") == ["one", "two"]
+
+
 # what is refused
 
 
