@@ -45,7 +45,7 @@ def _tokenize(args) -> None:
     from llm.corpus.options import read_options
     from llm.corpus.tokenize_corpus import Request, tokenize_corpus
 
-    out = args.out or Path("data") / Path(args.inputs[0]).stem
+    out = args.out or Path("data") / Path(os.path.abspath(args.inputs[0])).stem
     report = tokenize_corpus(
         Request(
             inputs=tuple(args.inputs),

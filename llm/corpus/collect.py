@@ -52,7 +52,7 @@ def _documents(dataset: str, recipe: Recipe, out: Path, inputs: list[str] | None
         return
     if not inputs and not recipe.files:
         raise UserError(f"dataset {dataset!r} cannot be downloaded: {recipe.about}. Give its files with --from.")
-    paths, share = (inputs, sample) if inputs else fetch(recipe, out.parent / f"{dataset}.files", sample)
+    paths, share = (inputs, sample) if inputs else fetch(recipe, out.parent / f".{dataset}.files", sample)
     if recipe.layout and not inputs:
         recipe.layout(paths, out.with_suffix(""))
     for document in read_all(list(map(str, paths)), recipe.options):

@@ -45,13 +45,16 @@ def write_documents(documents: Iterable[Document], out: Path, writer: Writer, se
 
 @contextmanager
 def _txt(path: Path, separator: str):
+    if not separator:
+        raise UserError("--out-separator is empty, so nobody could tell the documents apart again. Give one, or choose another kind of file.")
     with open(path, "w", encoding="utf-8", newline="") as file:
         first = True
 
         def write(document: Document) -> None:
             nonlocal first
-            if separator in document.text:
-                raise UserError(f"{document.source}: a document holds the separator {separator!r} and would be read back as several. Choose another.")
+            if (document.text + separator).find(separator) < len(document.text):  # also where its end and the separator make one
+                raise UserError(f"{document.source}: a document holds the separator {separator!r}, or ends with the beginning of it, and would be "
+                                f"read back otherwise. Choose another --out-separator.")  # fmt: skip
             if first and document.conversation:
                 log.warning("conversations become plain text in a .txt file, special tokens too; .jsonl and .parquet keep them conversations")
             file.write(("" if first else separator) + document.text)

@@ -52,6 +52,14 @@ def test_a_tokenizer_that_shards_were_made_with_is_not_replaced_without_force(tm
     assert load_tokenizer(tok).fingerprint != fingerprint
 
 
+def test_a_terminal_that_knows_few_characters_shows_what_it_can(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    code, said = tool("inspect_data.py", write_jsonl(tmp_path / "caf\u00e9.jsonl", ["na\u00efve"]))
+    assert code == 0 and "na?ve" in said
+    code, said = tool("inspect_data.py", tmp_path / "caf\u00e9.jsonl", "--png", tmp_path / "nowhere" / "a.png")
+    assert code == 2 and "cannot be written" in said and "Traceback" not in said
+
+
 def test_mistakes_end_in_one_paragraph_and_exit_code_2(tmp_path):
     code, said = tool("tokenize_parallel.py", tmp_path / "missing.txt", "--tokenizer", tmp_path, "--seq-len", 64, "--out", tmp_path / "set")
     assert code == 2 and said.startswith("error: ") and said.count("\n") == 1
