@@ -5,7 +5,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from io import BufferedReader
 from itertools import islice
 from pathlib import Path
 
@@ -34,22 +33,22 @@ class Reader:
     """How the records of one kind of file are had. To add a kind: these functions and a row in READERS."""
 
     suffixes: tuple[str, ...]
-    stream: Callable[[BufferedReader, ReadOptions, Path], Iterator[Record]] | None = None
-    """From bytes in order, so from inside a compressed file too."""
+    stream: Callable[..., Iterator[Record]] | None = None
+    """From (stream, options, path): bytes in order, so from inside a compressed file too. With borders, (start, stop) of a part may follow."""
     part: Callable[[Path, int, int, ReadOptions], Iterator[Record]] | None = None
-    """From bytes [start, stop) of a file, which are borders."""
+    """From bytes [start, stop) of a file, which are borders, where bytes in order will not do."""
     borders: Callable[[Path, list[int], ReadOptions], list[int]] | None = None
     """Where units start, given where they should; None: the file is one unit."""
 
 
 READERS = {
     "txt": Reader(
-        (".txt", ".text"), text_files.text_stream, text_files.text_records,
-        lambda path, wanted, options: text_files.unit_borders(path, separator_of(options.separator), wanted),
+        (".txt", ".text"), text_files.text_stream,
+        borders=lambda path, wanted, options: text_files.unit_borders(path, separator_of(options.separator), wanted),
     ),
     "jsonl": Reader(
-        (".jsonl", ".ndjson"), text_files.jsonl_stream, text_files.jsonl_records,
-        lambda path, wanted, _: text_files.unit_borders(path, LINES, wanted),
+        (".jsonl", ".ndjson"), text_files.jsonl_stream,
+        borders=lambda path, wanted, _: text_files.unit_borders(path, LINES, wanted),
     ),
     "json": Reader((".json",), text_files.json_stream),
     "csv": Reader((".csv",), text_files.csv_stream),
@@ -125,7 +124,8 @@ def read_records(path: Path, start: int, stop: int, options: ReadOptions) -> Ite
         yield from reader.part(path, start, stop, options)
     else:
         with open(path, "rb", 1 << 20) as stream:
-            yield from reader.stream(stream, options, path)
+            stream.seek(start)
+            yield from reader.stream(stream, options, path, *((start, stop) if reader.borders else ()))
 
 
 def _of_stream(container: str, path: Path):

@@ -44,8 +44,8 @@ def units_of_file(
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
     documents = _read(path, options, advance)
-    size = unpacked_size(path) if (cut_at_all := is_cut(path, options)) else path.stat().st_size
-    cuts = [_cut(size if cut_at_all else 0, documents, *cut) for cut in _possible_cuts(path, size, documents, sources)]
+    size = unpacked_size(path) if is_cut(path, options) else 0
+    cuts = [_cut(size, documents, *cut) for cut in _possible_cuts(path, size, documents, sources)]
     return max(cuts, key=lambda units: sum(unit.n_bytes for unit in units if unit.unit_id in known))
 
 

@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import zipfile
 
 import pyarrow as pa
@@ -278,6 +279,16 @@ def test_what_does_not_fit_in_memory_is_refused_with_a_way_out(tmp_path, monkeyp
     for name, content in (("a.txt", b"x" * 2000), ("a.txt.gz", gzip.compress(b"x" * 2000))):
         (tmp_path / name).write_bytes(content)
         assert "--separator" in refusal(tmp_path / name)
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_refused_and_kills_nobody(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(as_jsonl([{"text": "x" * 1000}] * 5000))
+    documents = read_documents(path, "a", 0, path.stat().st_size, ReadOptions(), Counts())
+    next(documents)
+    os.truncate(path, 100)
+    with pytest.raises(UserError, match="a.jsonl: became shorter"):
+        list(documents)
 
 
 def test_rows_of_another_width_are_malformed_and_parquet_inside_zip_is_refused(tmp_path):
