@@ -69,7 +69,7 @@ def test_a_recipe_makes_documents_of_its_files(name, tmp_path):
     file, content, expected = TRUE_SHAPES[name]
     (tmp_path / "in" / file).parent.mkdir(parents=True)
     (tmp_path / "in" / file).write_bytes(content)
-    assert collect(name, tmp_path / "out.jsonl", inputs=[str(tmp_path / "in")]).docs == 1
+    assert collect(name, tmp_path / "out.jsonl", inputs=[str(tmp_path / "in")])[0] == 1
     record = json.loads((tmp_path / "out.jsonl").read_text())
     assert (record["text"] if isinstance(expected, str) else record["messages"]) == expected
 
@@ -178,7 +178,7 @@ def test_mmlu_comes_with_its_examples_and_in_the_layout_that_evaluation_reads(tm
 
     monkeypatch.setattr(huggingface_hub, "hf_hub_download", download)
     for _ in range(2):  # a second time changes nothing
-        assert collect("mmlu", tmp_path / "mmlu.jsonl").docs == 28
+        assert collect("mmlu", tmp_path / "mmlu.jsonl")[0] == 28
     subjects = read_subjects(tmp_path / "mmlu", shots=5)
     assert [(s.name, len(s.examples), len(s.questions)) for s in subjects] == [("anatomy", 5, 7), ("virology", 5, 7)]
     assert subjects[1].questions[6].text == row("virology", 6)["question"] and subjects[1].questions[6].choices == ("6", "b, c", "d", "e")
