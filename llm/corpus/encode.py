@@ -23,7 +23,7 @@ from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.tokenizer.fast import FastEncoder
 
 FAST, REFERENCE = "fast", "reference"
-_SOURCE_TAG = b"tally-source/v1"
+UNIT_TAG, SOURCE_TAG = b"tally-unit/v1", b"tally-source/v1"
 Encode = Callable[[list[str]], list[np.ndarray]]
 BATCH_CHARS = 1 << 20  # by text, not by documents: enough to keep the encoder busy, little enough to hold
 
@@ -153,12 +153,12 @@ def check_template(template: Template, tokenizer: Tokenizer) -> None:
 
 def unit_id_of(digests: Iterable[bytes]) -> str:
     """The identity of some documents in an order, whatever file they lie in. `digests` may come joined."""
-    return _identity(b"tally-unit/v1", digests)
+    return _identity(UNIT_TAG, digests)
 
 
 def source_id_of(digests: Iterable[bytes]) -> str:
     """The identity of a whole source: of all its documents, however it is cut into units. `digests` may come joined."""
-    return _identity(_SOURCE_TAG, digests)
+    return _identity(SOURCE_TAG, digests)
 
 
 def _identity(tag: bytes, digests: Iterable[bytes]) -> str:
@@ -168,14 +168,12 @@ def _identity(tag: bytes, digests: Iterable[bytes]) -> str:
     return hasher.hexdigest()
 
 
-def prefix_source_ids(digests: list[bytes], lengths: set[int]) -> dict[int, str]:
-    """For each of these numbers of documents, the id of a source that ends after so many of them."""
-    hasher, ids = hashlib.sha256(_SOURCE_TAG), {}
-    for n_docs, digest in enumerate(digests, 1):
+def ids_so_far(tag: bytes, digests: Iterable[bytes]) -> Iterator[str]:
+    """After each document the id of a unit or source that ends with it."""
+    hasher = hashlib.sha256(tag)
+    for digest in digests:
         hasher.update(digest)
-        if n_docs in lengths:
-            ids[n_docs] = hasher.copy().hexdigest()
-    return ids
+        yield hasher.copy().hexdigest()
 
 
 def document_digest(content: bytes) -> bytes:
