@@ -1,5 +1,6 @@
 """Which files can be read, and how each is: its container by name and first bytes, the shape of its records by their fields."""
 
+import re
 from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
@@ -18,6 +19,7 @@ from llm.log import UserError, log
 
 _LOOK_AT = 50  # records whose fields are looked at
 _NOT_TEXT = {"dataset_info.json", "dataset_dict.json", "state.json", FILE_NAME}  # beside the Arrow files of Hugging Face's datasets, and our shards
+_OF_A_SHARD = re.compile(r"\.cached\.\d+\.")
 _NO_PLAIN_TEXT = {  # first bytes, and what to do
     b"\x1f\x8b": "a gzip file. Call it *.gz",
     b"\x28\xb5\x2f\xfd": "a zstandard file. Call it *.zst",
@@ -75,8 +77,8 @@ def check_format(word: str | None) -> None:
 
 def is_readable(path: Path) -> bool:
     """By its name alone."""
-    of_a_dataset = path.name in _NOT_TEXT or ".cached." in path.name
-    return packing(path) == ".zip" or (_kind_by_name(path) is not None and not of_a_dataset)
+    is_other = path.name in _NOT_TEXT or _OF_A_SHARD.search(path.name)
+    return packing(path) == ".zip" or (_kind_by_name(path) is not None and not is_other)
 
 
 def _kind_by_name(path: Path) -> str | None:
@@ -90,12 +92,9 @@ def _said(options: ReadOptions, names: Iterable[str]) -> str | None:
 
 
 def container_of(path: Path, options: ReadOptions) -> str:
-    """The name in READERS. First bytes win over the name: many .json files are JSON lines."""
+    """The name in READERS, of a file that is no .zip. First bytes win over the name: many .json files are JSON lines."""
     if forced := _said(options, READERS):
         return forced
-    by_name = _kind_by_name(path)
-    if packing(path) == ".zip":
-        return by_name or "txt"
     with compressed.opened(path) if packing(path) else open(path, "rb") as file:
         head = file.read(1 << 16)
     if head.startswith(column_files.ARROW_MAGIC):
@@ -104,6 +103,7 @@ def container_of(path: Path, options: ReadOptions) -> str:
         return "parquet"
     if what := next((what for first, what in _NO_PLAIN_TEXT.items() if head.startswith(first)), None):
         raise UserError(f"{path}: is, by its first bytes, {what}. If it is text all the same, say so with --format.")
+    by_name = _kind_by_name(path)
     if by_name == "json" and text_files.is_json_lines(head.removeprefix(BOM_UTF8).lstrip()):
         return "jsonl"
     if by_name is None:
