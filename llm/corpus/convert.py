@@ -44,16 +44,16 @@ def write_documents(documents: Iterable[Document], out: Path, writer: Writer, se
 def _txt(documents: Iterable[Document], path: Path, separator: str) -> int:
     if not separator:
         raise UserError("--out-separator is empty, so nobody could tell the documents apart again. Give one, or choose another kind of file.")
-    n_docs = 0
+    n_docs, before = 0, ""
     with open(path, "w", encoding="utf-8", newline="") as file:
         for document in documents:
-            if (document.text + separator).find(separator) < len(document.text):  # also where its end and the separator make one
-                raise UserError(f"{document.source}: a document holds the separator {separator!r}, or ends with the beginning of it, and would be "
-                                f"read back otherwise. Choose another --out-separator.")  # fmt: skip
+            if separator in document.text or (before + separator).find(separator) < len(before):
+                raise UserError(f"{document.source}: a document holds the separator {separator!r}, or the one before ends with the beginning of it, "
+                                f"and would be read back otherwise. Choose another --out-separator.")  # fmt: skip
             if not n_docs and document.conversation:
                 log.warning("conversations become plain text in a .txt file, special tokens too; .jsonl and .parquet keep them conversations")
             file.write((separator if n_docs else "") + document.text)
-            n_docs += 1
+            n_docs, before = n_docs + 1, document.text
     return n_docs
 
 

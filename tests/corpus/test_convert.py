@@ -69,10 +69,13 @@ def test_what_cannot_be_written_is_refused_and_nothing_is_left(tmp_path):
 
 
 def test_a_separator_that_would_not_part_the_documents_again_as_they_are_is_refused(tmp_path):
-    for separator, said in (("\n\n", "ends with the beginning of it"), (None, "--out-separator is empty")):
+    for separator, said in (("\n\n", "the one before ends with the beginning"), (None, "--out-separator is empty")):
         with pytest.raises(UserError, match=said):
             convert([Document("one line\n", "s", 0), Document("another\n", "s", 1)], tmp_path / "a.txt", separator)
-    assert convert([Document("one line\n", "s", 0), Document("\nanother\n", "s", 1)], tmp_path / "a.txt", "=\n") == 2
+    documents = [Document("one line", "s", 0), Document("\nanother\n", "s", 1)]
+    assert convert(documents, tmp_path / "a.txt", "\n\n") == 2
+    read_again = read_documents(tmp_path / "a.txt", "a.txt", 0, (tmp_path / "a.txt").stat().st_size, ReadOptions(separator="\n\n"), Counts())
+    assert [document.text for document in read_again] == [document.text for document in documents]
 
 
 def test_every_step_drops_what_it_says_and_counts_it():
