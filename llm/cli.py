@@ -81,6 +81,8 @@ def _dashed(word: str) -> str:
 
 def run(main: Callable[[], int | None]) -> None:
     """Run a script's `main` and leave with its exit code; one paragraph and its own code (mostly 2) for a UserError, 130 for Ctrl-C."""
+    if sys.stdout:
+        sys.stdout.reconfigure(errors="replace")  # names of files may be any bytes, and not every terminal knows every character
     try:
         code = main() or 0
     except UserError as error:

@@ -41,8 +41,8 @@ def main() -> None:
     from llm.corpus.rewrite import Rewriter
 
     rewrite = Rewriter(args.rewrite_url, args.rewrite_model, out.with_name(f"{out.stem}.answers.jsonl")) if args.rewrite_url else None
-    collected = collect(args.dataset, out, args.max_bytes, args.inputs, args.sample, rewrite)
-    log.info(f"{out}: {collected.docs:,} documents, {collected.bytes:,} bytes of text")
+    n_docs, n_bytes = collect(args.dataset, out, args.max_bytes, args.inputs, args.sample, rewrite)
+    log.info(f"{out}: {n_docs:,} documents, {n_bytes:,} bytes of text")
 
 
 def _share(text: str) -> float:

@@ -46,7 +46,10 @@ def main() -> None:
     for window in look.windows:
         result(f"\n{window}")
     if args.png:
-        look_at.draw(look, str(args.path.name), args.png)
+        try:
+            look_at.draw(look, str(args.path.name), args.png)
+        except (OSError, ValueError) as error:  # a suffix that names no kind of picture is a ValueError
+            raise UserError(f"--png {args.png}: cannot be written ({error}). Give a file.png in a folder that is there.") from None
         result(f"{args.png}: drawn")
 
 

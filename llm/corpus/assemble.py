@@ -9,7 +9,7 @@ from pathlib import Path
 from llm.corpus.encode import Request, source_id_of
 from llm.corpus.masks import joined
 from llm.corpus.parts import ROLES, PartUnit
-from llm.corpus.plan import Source
+from llm.corpus.plan import Source, ending
 from llm.data.manifest import load_manifest
 from llm.data.record import ShardError
 from llm.data.shard_meta import META_SUFFIX, ShardMeta, token_dtype
@@ -34,6 +34,7 @@ class ReadSource:
             "bytes": self.source.size,
             "unit_bytes": unit_bytes,
             "unit_ids": [unit.unit_id for unit in self.units],
+            "ending": ending(self.source.path, self.source.size),
         }
 
 
@@ -45,18 +46,22 @@ def identify(part_units: list[PartUnit]) -> list[ReadSource]:
         if with_docs:
             sources.append(ReadSource(source, source_id_of(unit.digests() for unit in with_docs), with_docs))
         else:
-            log.warning(f"{source.path}: holds no document that is not empty; left out")
-    return sorted(sources, key=lambda source: source.source_id)
+            log.warning(f"{source.given}: holds no document that is not empty; left out")
+    return sorted(sources, key=lambda source: (source.source_id, [unit.unit_id for unit in source.units]))
 
 
-def distinct_units(sources: list[ReadSource]) -> list[PartUnit]:
-    """All units in the order of sources, once each. Those that the dataset holds already have no tokens."""
+def distinct_units(sources: list[ReadSource], held: set[str]) -> list[PartUnit]:
+    """All units in the order of sources, once each, without sources whose text as a whole has come before or is `held` by the dataset,
+    in another kind of file perhaps, cut otherwise. Single units that the dataset holds already have no tokens.
+    """
     found: dict[str, PartUnit] = {}
     repeated: dict[str, None] = {}
-    for read in sources:
-        for unit in read.units:
+    for _, group in groupby(sources, key=lambda source: source.source_id):
+        first, *copies = group
+        for unit in first.units if first.source_id not in held else ():
             if found.setdefault(unit.unit_id, unit) is not unit:
-                repeated[read.source.name] = None
+                repeated[first.source.name] = None
+        repeated.update((copy.source.name, None) for copy in copies)
     if repeated:
         log.warning(f"text that occurs twice is used once; files that repeat some: {len(repeated):,} ({', '.join(list(repeated)[:5])})")
     return list(found.values())

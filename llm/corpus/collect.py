@@ -2,10 +2,10 @@
 
 import hashlib
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 
-from llm.corpus.convert import jsonl_writer, write_documents
+from llm.corpus.convert import write_documents, write_jsonl
 from llm.corpus.documents import Document
 from llm.corpus.fetch import fetch
 from llm.corpus.read_all import read_all
@@ -13,19 +13,13 @@ from llm.corpus.recipes import RECIPES, Recipe
 from llm.log import UserError
 
 
-@dataclass(frozen=True)
-class Collected:
-    docs: int
-    bytes: int
-
-
 def collect(
     dataset: str, out: Path, max_bytes: int | None = None, inputs: list[str] | None = None, sample: float = 1.0,
     rewrite: Callable[[Document], Document] | None = None,
-) -> Collected:  # fmt: skip
+) -> tuple[int, int]:  # fmt: skip
     """Write the documents of a recipe to `out`, whole ones, up to `max_bytes` of text; `inputs`: its files, where they are at hand.
 
-    Which documents are in a sample depends on their texts alone.
+    Which documents are in a sample depends on their texts alone. Returns how many documents, and how many bytes of text.
     """
     recipe, sizes = RECIPES[dataset], []
     limit = max_bytes or recipe.max_bytes or float("inf")
@@ -41,7 +35,7 @@ def collect(
         if not sizes:
             raise UserError(f"dataset {dataset!r} has no text here within {limit:,} bytes. Raise --max-bytes or --sample, or bring text of your own.")
 
-    return Collected(write_documents(chosen(), out, jsonl_writer), sum(sizes))
+    return write_documents(chosen(), out, write_jsonl), sum(sizes)
 
 
 def _documents(dataset: str, recipe: Recipe, out: Path, inputs: list[str] | None, sample: float) -> Iterator[Document]:
@@ -52,7 +46,7 @@ def _documents(dataset: str, recipe: Recipe, out: Path, inputs: list[str] | None
         return
     if not inputs and not recipe.files:
         raise UserError(f"dataset {dataset!r} cannot be downloaded: {recipe.about}. Give its files with --from.")
-    paths, share = (inputs, sample) if inputs else fetch(recipe, out.parent / f"{dataset}.files", sample)
+    paths, share = (inputs, sample) if inputs else fetch(recipe, out.parent / f".{dataset}.files", sample)
     if recipe.layout and not inputs:
         recipe.layout(paths, out.with_suffix(""))
     for document in read_all(list(map(str, paths)), recipe.options):

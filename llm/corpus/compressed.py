@@ -15,12 +15,18 @@ SUFFIXES = (".gz", ".zst", ".zip")
 MAX_EXPANSION, FREE_BYTES = 200, 64 << 20  # text seldom shrinks to less than a tenth; a bomb to a thousandth
 
 
+def packing(path: Path) -> str:
+    """How a file is packed, by its name: one of SUFFIXES, or nothing."""
+    suffix = path.suffix.lower()
+    return suffix if suffix in SUFFIXES else ""
+
+
 @contextmanager
 def opened(path: Path) -> Iterator[BufferedReader]:
     """A .gz or .zst as the bytes inside. Raises UserError where they cannot be had."""
     with open(path, "rb") as file:
         with _told(path):
-            inside = gzip.GzipFile(fileobj=file) if path.suffix == ".gz" else pyarrow().CompressedInputStream(file, "zstd")
+            inside = gzip.GzipFile(fileobj=file) if packing(path) == ".gz" else pyarrow().CompressedInputStream(file, "zstd")
         yield BufferedReader(_Bounded(inside, path, path.stat().st_size), 1 << 20)
 
 
@@ -35,7 +41,7 @@ def opened_member(path: Path, member: str) -> Iterator[BufferedReader]:
 
 def unpacked_size(path: Path) -> int:
     """Bytes of a plain file, or of what a .gz or .zst holds, which only reading it tells."""
-    if path.suffix not in (".gz", ".zst"):
+    if packing(path) in ("", ".zip"):
         return path.stat().st_size
     with opened(path) as stream:
         return sum(map(len, iter(lambda: stream.read(1 << 20), b"")))

@@ -2,16 +2,17 @@
 
 import json
 from collections.abc import Callable, Iterable
-from contextlib import AbstractContextManager, contextmanager, suppress
+from contextlib import suppress
 from pathlib import Path
 
 from llm.corpus.column_files import pyarrow
 from llm.corpus.documents import Document
+from llm.corpus.plan import handfuls
 from llm.log import UserError, log
 
 GROUP_BYTES = 32 << 20  # of text in a row group: little enough to hold, and a unit of its own for tokenizing
-Writer = Callable[[Path, str], AbstractContextManager[Callable[[Document], None]]]
-"""From a path and a separator to a context that gives what writes a document."""
+Writer = Callable[[Iterable[Document], Path, str], int]
+"""Writes documents to a path, with a separator where the kind needs one, and returns how many they were."""
 
 
 def convert(documents: Iterable[Document], out: Path, separator: str) -> int:
@@ -25,13 +26,10 @@ def convert(documents: Iterable[Document], out: Path, separator: str) -> int:
 
 def write_documents(documents: Iterable[Document], out: Path, writer: Writer, separator: str = "") -> int:
     """Write them to `out`, which appears whole or not at all. Returns how many. Raises UserError, also when there is none."""
-    tmp, n_docs = out.with_name(out.name + ".tmp"), 0
+    tmp = out.with_name(out.name + ".tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        with writer(tmp, separator) as write:
-            for document in documents:
-                write(document)
-                n_docs += 1
+        n_docs = writer(documents, tmp, separator)
         if not n_docs:
             raise UserError(f"{out}: not written, for no document is left.")
         tmp.replace(out)
@@ -43,70 +41,63 @@ def write_documents(documents: Iterable[Document], out: Path, writer: Writer, se
     return n_docs
 
 
-@contextmanager
-def _txt(path: Path, separator: str):
+def _txt(documents: Iterable[Document], path: Path, separator: str) -> int:
+    if not separator:
+        raise UserError("--out-separator is empty, so nobody could tell the documents apart again. Give one, or choose another kind of file.")
+    n_docs, before = 0, ""
     with open(path, "w", encoding="utf-8", newline="") as file:
-        first = True
-
-        def write(document: Document) -> None:
-            nonlocal first
-            if separator in document.text:
-                raise UserError(f"{document.source}: a document holds the separator {separator!r} and would be read back as several. Choose another.")
-            if first and document.conversation:
+        for document in documents:
+            if separator in document.text or (before + separator).find(separator) < len(before):
+                raise UserError(f"{document.source}: a document holds the separator {separator!r}, or the one before ends with the beginning of it, "
+                                f"and would be read back otherwise. Choose another --out-separator.")  # fmt: skip
+            if not n_docs and document.conversation:
                 log.warning("conversations become plain text in a .txt file, special tokens too; .jsonl and .parquet keep them conversations")
-            file.write(("" if first else separator) + document.text)
-            first = False
+            file.write((separator if n_docs else "") + document.text)
+            n_docs, before = n_docs + 1, document.text
+    return n_docs
 
-        yield write
 
-
-@contextmanager
-def jsonl_writer(path: Path, _: str):
+def write_jsonl(documents: Iterable[Document], path: Path, _: str) -> int:
+    n_docs = 0
     with open(path, "w", encoding="utf-8") as file:
-        yield lambda document: file.write(json.dumps({**document.to_json(), "source": document.source}, ensure_ascii=False) + "\n")
+        for document in documents:
+            file.write(json.dumps(_row(document), ensure_ascii=False) + "\n")
+            n_docs += 1
+    return n_docs
 
 
-@contextmanager
-def _table(open_writer):
-    """Rows gathered to tables of about GROUP_BYTES. The first document says whether all are texts or conversations."""
-    library, rows, held, writer, schema = pyarrow(), [], 0, None, None
+def _row(document: Document) -> dict:
+    return {**document.to_json(), "source": document.source}
 
-    def flush() -> None:
-        nonlocal rows, held, writer
-        if rows:
-            writer = writer or open_writer(schema)
-            writer.write_table(library.Table.from_pylist(rows, schema))
-        rows, held = [], 0
 
-    def write(document: Document) -> None:
-        nonlocal held, schema
-        row = {**document.to_json(), "source": document.source}
-        schema = schema or _schema(library, "messages" in row)
-        if not row.keys() <= set(schema.names):
-            raise UserError(f"{document.source}: texts and conversations do not go into one table. Convert them one by one, or into .jsonl.")
-        rows.append(row)
-        held += len(document.text)
-        if held >= GROUP_BYTES:
-            flush()
-
-    yield write
-    flush()
+def _table(documents: Iterable[Document], open_writer: Callable) -> int:
+    """Tables of about GROUP_BYTES. The first document says whether all are texts or conversations."""
+    n_docs, writer, schema = 0, None, None
+    for group in handfuls(documents, lambda document: len(document.text), GROUP_BYTES):
+        rows = [_row(document) for document in group]
+        schema = schema or _schema("messages" in rows[0])
+        if odd := next((row for row in rows if not row.keys() <= set(schema.names)), None):
+            raise UserError(f"{odd['source']}: texts and conversations do not go into one table. Convert them one by one, or into .jsonl.")
+        writer = writer or open_writer(schema)
+        writer.write_table(pyarrow().Table.from_pylist(rows, schema))
+        n_docs += len(rows)
     if writer:
         writer.close()
+    return n_docs
 
 
-def _schema(library, of_conversations: bool):
-    text = library.string()
+def _schema(of_conversations: bool):
+    library, text = pyarrow(), pyarrow().string()
     messages = library.list_(library.struct([("role", text), ("content", text)]))
     return library.schema([("messages", messages) if of_conversations else ("text", text), ("source", text)])
 
 
-def _parquet(path: Path, _: str):
-    return _table(lambda schema: pyarrow().parquet.ParquetWriter(path, schema, compression="zstd"))
+def _parquet(documents: Iterable[Document], path: Path, _: str) -> int:
+    return _table(documents, lambda schema: pyarrow().parquet.ParquetWriter(path, schema, compression="zstd"))
 
 
-def _arrow(path: Path, _: str):
-    return _table(lambda schema: pyarrow().ipc.new_file(str(path), schema))
+def _arrow(documents: Iterable[Document], path: Path, _: str) -> int:
+    return _table(documents, lambda schema: pyarrow().ipc.new_file(str(path), schema))
 
 
-WRITERS: dict[str, Writer] = {".txt": _txt, ".jsonl": jsonl_writer, ".parquet": _parquet, ".arrow": _arrow}
+WRITERS: dict[str, Writer] = {".txt": _txt, ".jsonl": write_jsonl, ".parquet": _parquet, ".arrow": _arrow}

@@ -70,7 +70,7 @@ def read_documents(path: Path, name: str, start: int, stop: int, options: ReadOp
         except (ValueError, TypeError, LookupError, AttributeError, StopIteration, RecursionError) as error:  # of data that anybody made
             counts.malformed += 1
             what = f"no field {error}" if isinstance(error, KeyError) else f"not {SHAPES[shape].said}" if not str(error) else error
-            counts.examples = [*counts.examples, f"{path}, {record.place}: {what}"][:MAX_EXAMPLES]
+            counts.examples = [*counts.examples, f"{name}, {record.place}: {what}"][:MAX_EXAMPLES]
             continue
         counts.bad_utf8 += was_bad
         if isinstance(content, str):

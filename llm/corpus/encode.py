@@ -18,13 +18,12 @@ from llm.corpus.masks import Spans, document_spans
 from llm.corpus.options import ReadOptions
 from llm.corpus.parts import DIGEST_BYTES, ROLES, PartWriter
 from llm.corpus.plan import Task, Unit, handfuls
-from llm.data.permutation import Permutation
 from llm.log import UserError
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.tokenizer.fast import FastEncoder
 
 FAST, REFERENCE = "fast", "reference"
-_SOURCE_TAG = b"tally-source/v1"
+UNIT_TAG, SOURCE_TAG = b"tally-unit/v1", b"tally-source/v1"
 Encode = Callable[[list[str]], list[np.ndarray]]
 BATCH_CHARS = 1 << 20  # by text, not by documents: enough to keep the encoder busy, little enough to hold
 
@@ -43,8 +42,6 @@ class Request:
     """FAST where it can be used, or REFERENCE."""
     val_ratio: float = 0.0
     shard_tokens: int = 1 << 27
-    shuffle_seed: int | None = None
-    """None: documents stay in the order of the file."""
     emit_jsonl: bool = False
     options: ReadOptions = ReadOptions()
 
@@ -111,16 +108,14 @@ def encode_unit(unit: Unit, job: Job, tokenizer: Tokenizer, encode: Encode, part
         digests = [document_digest(document.identity()) for document in _documents(unit, job, counts)]
         if (unit_id := unit_id_of(digests)) in job.known_units:
             part.add_known(digests)
-            part.end_unit(unit_id, counts, {})
+            part.end_unit(unit_id, counts)
             return
-    counts, is_val, eos = Counts(), bytearray(), np.array(tokenizer.eos_id, job.dtype).tobytes()
+    counts, eos = Counts(), np.array(tokenizer.eos_id, job.dtype).tobytes()
     for batch in handfuls(_documents(unit, job, counts), lambda document: len(document.text), BATCH_CHARS):
         for document, (ids, spans) in zip(batch, encode_documents(batch, job.request.options.template, tokenizer, encode), strict=True):
             digest = document_digest(document.identity())
-            is_val.append(_is_val(digest, job.request.val_ratio))
-            part.add(ROLES[is_val[-1]], digest, ids, spans, eos, len(document.text.encode()))
-    unit_id = unit_id_of([part.digests])
-    part.end_unit(unit_id, counts, _orders(np.frombuffer(is_val, bool), unit_id, job.request.shuffle_seed))
+            part.add(ROLES[_is_val(digest, job.request.val_ratio)], digest, ids, spans, eos, len(document.text.encode()))
+    part.end_unit(unit_id_of([part.digests]), counts)
 
 
 def encode_documents(
@@ -158,12 +153,12 @@ def check_template(template: Template, tokenizer: Tokenizer) -> None:
 
 def unit_id_of(digests: Iterable[bytes]) -> str:
     """The identity of some documents in an order, whatever file they lie in. `digests` may come joined."""
-    return _identity(b"tally-unit/v1", digests)
+    return _identity(UNIT_TAG, digests)
 
 
 def source_id_of(digests: Iterable[bytes]) -> str:
     """The identity of a whole source: of all its documents, however it is cut into units. `digests` may come joined."""
-    return _identity(_SOURCE_TAG, digests)
+    return _identity(SOURCE_TAG, digests)
 
 
 def _identity(tag: bytes, digests: Iterable[bytes]) -> str:
@@ -173,14 +168,12 @@ def _identity(tag: bytes, digests: Iterable[bytes]) -> str:
     return hasher.hexdigest()
 
 
-def prefix_source_ids(digests: list[bytes], lengths: set[int]) -> dict[int, str]:
-    """For each of these numbers of documents, the id of a source that ends after so many of them."""
-    hasher, ids = hashlib.sha256(_SOURCE_TAG), {}
-    for n_docs, digest in enumerate(digests, 1):
+def ids_so_far(tag: bytes, digests: Iterable[bytes]) -> Iterator[str]:
+    """After each document the id of a unit or source that ends with it."""
+    hasher = hashlib.sha256(tag)
+    for digest in digests:
         hasher.update(digest)
-        if n_docs in lengths:
-            ids[n_docs] = hasher.copy().hexdigest()
-    return ids
+        yield hasher.copy().hexdigest()
 
 
 def document_digest(content: bytes) -> bytes:
@@ -191,15 +184,6 @@ def document_digest(content: bytes) -> bytes:
 def _is_val(digest: bytes, ratio: float) -> bool:
     """By content: the same document falls on the same side in every file, run and order."""
     return int.from_bytes(digest[:8], "big") < ratio * 2**64
-
-
-def _orders(is_val: np.ndarray, unit_id: str, shuffle_seed: int | None) -> dict[str, np.ndarray]:
-    """For each role the order of its documents, of which the unit's documents in a shuffled order are the union."""
-    if shuffle_seed is None or not len(is_val):
-        return {}
-    order = Permutation(len(is_val), shuffle_seed, unit_id, 0)(np.arange(len(is_val)))
-    of_role = {"train": ~is_val, "val": is_val}
-    return {role: (np.cumsum(chosen) - 1)[order[chosen[order]]] for role, chosen in of_role.items()}
 
 
 def _documents(unit: Unit, job: Job, counts: Counts) -> Iterator[Document]:

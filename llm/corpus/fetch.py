@@ -1,10 +1,10 @@
 """Files of a dataset from the Hugging Face hub or an address: told with their size first, resumed, and held against their hashes."""
 
 import fnmatch
+import http.client
 import math
 import shutil
 import time
-import urllib.error
 import urllib.request
 from pathlib import Path
 
@@ -71,30 +71,20 @@ def check_file(path: Path, size: int | None, sha256: str | None) -> None:
 
 
 def from_address(address: str, path: Path) -> Path:
-    """The file at an address, resumed where an earlier attempt has ended."""
+    """The file at an address, a small one: it is in memory as a whole."""
     part = path.with_name(path.name + ".part")
     for attempt in range(TRIES):
         if path.exists():
             break
         try:
-            _continue(address, part)
+            with urllib.request.urlopen(address, timeout=60) as answer:
+                part.write_bytes(answer.read())
             part.replace(path)
-        except (OSError, urllib.error.URLError) as error:
+        except (OSError, http.client.HTTPException) as error:  # IncompleteRead is one
             if attempt + 1 == TRIES or getattr(error, "code", 500) in (403, 404):
                 raise UserError(f"{address}: cannot be fetched ({_first_line(error)}). Run again: what has come is kept.") from None
             time.sleep(FIRST_PAUSE_S * 2**attempt)
     return path
-
-
-def _continue(address: str, part: Path) -> None:
-    have = part.stat().st_size if part.exists() else 0
-    request = urllib.request.Request(address, headers={"Range": f"bytes={have}-"} if have else {})
-    with urllib.request.urlopen(request, timeout=60) as answer, open(part, "ab" if answer.status == 206 else "wb") as file:
-        expected = answer.headers.get("Content-Length")
-        before = file.tell()
-        shutil.copyfileobj(answer, file)
-        if expected is not None and file.tell() - before != int(expected):
-            raise OSError(f"{file.tell() - before:,} of {int(expected):,} bytes came")
 
 
 def _first_line(error: Exception) -> str:

@@ -1,22 +1,33 @@
 """Which files can be read, and how each is: its container by name and first bytes, the shape of its records by their fields."""
 
+import re
 from codecs import BOM_UTF8
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
-from io import BufferedReader
 from itertools import islice
 from pathlib import Path
 
 from llm.corpus import column_files, compressed, text_files
+from llm.corpus.compressed import packing
 from llm.corpus.options import ReadOptions
 from llm.corpus.records import LINES, Record, separator_of
 from llm.corpus.shapes import SHAPES, shape_for
+from llm.data.manifest import FILE_NAME
 from llm.log import UserError, log
 
 _LOOK_AT = 50  # records whose fields are looked at
-_NOT_TEXT = {"dataset_info.json", "dataset_dict.json", "state.json"}  # what Hugging Face's datasets puts beside its Arrow files
+_NOT_TEXT = {"dataset_info.json", "dataset_dict.json", "state.json", FILE_NAME}  # beside the Arrow files of Hugging Face's datasets, and our shards
+_OF_A_SHARD = re.compile(r"\.cached\.\d+\.")
+_NO_PLAIN_TEXT = {  # first bytes, and what to do
+    b"\x1f\x8b": "a gzip file. Call it *.gz",
+    b"\x28\xb5\x2f\xfd": "a zstandard file. Call it *.zst",
+    b"PK\x03\x04": "a zip archive (or a document of an office program, to be saved as text). Call it *.zip",
+    b"%PDF-": "a PDF. Extract its text first",
+    b"\xff\xfe": "UTF-16 text. Convert it: iconv -f UTF-16 -t UTF-8",
+    b"\xfe\xff": "UTF-16 text. Convert it: iconv -f UTF-16 -t UTF-8",
+}
 
 
 @dataclass(frozen=True)
@@ -24,22 +35,22 @@ class Reader:
     """How the records of one kind of file are had. To add a kind: these functions and a row in READERS."""
 
     suffixes: tuple[str, ...]
-    stream: Callable[[BufferedReader, ReadOptions, Path], Iterator[Record]] | None = None
-    """From bytes in order, so from inside a compressed file too."""
+    stream: Callable[..., Iterator[Record]] | None = None
+    """From (stream, options, path): bytes in order, so from inside a compressed file too. With borders, (start, stop) of a part may follow."""
     part: Callable[[Path, int, int, ReadOptions], Iterator[Record]] | None = None
-    """From bytes [start, stop) of a file, which are borders."""
+    """From bytes [start, stop) of a file, which are borders, where bytes in order will not do."""
     borders: Callable[[Path, list[int], ReadOptions], list[int]] | None = None
     """Where units start, given where they should; None: the file is one unit."""
 
 
 READERS = {
     "txt": Reader(
-        (".txt", ".text"), text_files.text_stream, text_files.text_records,
-        lambda path, wanted, options: text_files.unit_borders(path, separator_of(options.separator), wanted),
+        (".txt", ".text"), text_files.text_stream,
+        borders=lambda path, wanted, options: text_files.unit_borders(path, separator_of(options.separator), wanted),
     ),
     "jsonl": Reader(
-        (".jsonl", ".ndjson"), text_files.jsonl_stream, text_files.jsonl_records,
-        lambda path, wanted, _: text_files.unit_borders(path, LINES, wanted),
+        (".jsonl", ".ndjson"), text_files.jsonl_stream,
+        borders=lambda path, wanted, _: text_files.unit_borders(path, LINES, wanted),
     ),
     "json": Reader((".json",), text_files.json_stream),
     "csv": Reader((".csv",), text_files.csv_stream),
@@ -66,18 +77,13 @@ def check_format(word: str | None) -> None:
 
 def is_readable(path: Path) -> bool:
     """By its name alone."""
-    return path.suffix == ".zip" or (_kind_by_name(path) is not None and path.name not in _NOT_TEXT)
+    is_other = path.name in _NOT_TEXT or _OF_A_SHARD.search(path.name)
+    return packing(path) == ".zip" or (_kind_by_name(path) is not None and not is_other)
 
 
 def _kind_by_name(path: Path) -> str | None:
-    name = path.name.lower()
-    for suffix in compressed.SUFFIXES:
-        name = name.removesuffix(suffix)
-    return SUFFIXES.get(Path(name).suffix)
-
-
-def _is_compressed(path: Path) -> bool:
-    return path.suffix in compressed.SUFFIXES
+    name = path.with_suffix("") if packing(path) else path
+    return SUFFIXES.get(name.suffix.lower())
 
 
 def _said(options: ReadOptions, names: Iterable[str]) -> str | None:
@@ -86,18 +92,18 @@ def _said(options: ReadOptions, names: Iterable[str]) -> str | None:
 
 
 def container_of(path: Path, options: ReadOptions) -> str:
-    """The name in READERS. First bytes win over the name: many .json files are JSON lines."""
+    """The name in READERS, of a file that is no .zip. First bytes win over the name: many .json files are JSON lines."""
     if forced := _said(options, READERS):
         return forced
-    by_name = _kind_by_name(path)
-    if path.suffix == ".zip":
-        return by_name or "txt"
-    with compressed.opened(path) if _is_compressed(path) else open(path, "rb") as file:
+    with compressed.opened(path) if packing(path) else open(path, "rb") as file:
         head = file.read(1 << 16)
     if head.startswith(column_files.ARROW_MAGIC):
         return "arrow"
     if head.startswith(column_files.PARQUET_MAGIC):
         return "parquet"
+    if what := next((what for first, what in _NO_PLAIN_TEXT.items() if head.startswith(first)), None):
+        raise UserError(f"{path}: is, by its first bytes, {what}. If it is text all the same, say so with --format.")
+    by_name = _kind_by_name(path)
     if by_name == "json" and text_files.is_json_lines(head.removeprefix(BOM_UTF8).lstrip()):
         return "jsonl"
     if by_name is None:
@@ -107,18 +113,19 @@ def container_of(path: Path, options: ReadOptions) -> str:
 
 def read_records(path: Path, start: int, stop: int, options: ReadOptions) -> Iterator[Record]:
     """The records in bytes [start, stop) of a file; of a compressed one or one that cannot be cut, all."""
-    if path.suffix == ".zip":
+    if packing(path) == ".zip":
         yield from _zipped(path, options)
         return
     container = container_of(path, options)
-    if _is_compressed(path):
+    if packing(path):
         with compressed.opened(path) as stream:
             yield from _of_stream(container, path)(stream, options, path)
     elif (reader := READERS[container]).part:
         yield from reader.part(path, start, stop, options)
     else:
         with open(path, "rb", 1 << 20) as stream:
-            yield from reader.stream(stream, options, path)
+            stream.seek(start)
+            yield from reader.stream(stream, options, path, *((start, stop) if reader.borders else ()))
 
 
 def _of_stream(container: str, path: Path):
@@ -131,7 +138,7 @@ def _of_stream(container: str, path: Path):
 def _zipped(path: Path, options: ReadOptions) -> Iterator[Record]:
     forced = _said(options, READERS)
     names = compressed.members(path)
-    left_out = [name for name in names if not forced and (_kind_by_name(Path(name)) is None or _is_compressed(Path(name)))]
+    left_out = [name for name in names if not forced and (_kind_by_name(Path(name)) is None or packing(Path(name)))]
     if left_out:
         log.warning(f"{path}: {len(left_out):,} files inside left out, none of {', '.join(SUFFIXES)}: {', '.join(left_out[:5])}")
     if len(left_out) == len(names):
@@ -151,7 +158,7 @@ def unit_borders(path: Path, size: int, unit_bytes: int, known_ends: list[int], 
     A file's known ends are the sizes it had when it was tokenized before: what has been added since is in units of its own.
     """
     wanted = wanted_borders(size, unit_bytes, known_ends)
-    borders = None if _is_compressed(path) or size == 0 else READERS[container_of(path, options)].borders
+    borders = None if packing(path) or size == 0 else READERS[container_of(path, options)].borders
     return sorted(border for border in (borders(path, wanted, options) if borders else [0]) if border < size or border == 0)
 
 
@@ -162,7 +169,7 @@ def wanted_borders(size: int, unit_bytes: int, known_ends: list[int]) -> list[in
 
 def is_cut(path: Path, options: ReadOptions) -> bool:
     """Whether a file of this kind is cut in units when it is large, perhaps after unpacking."""
-    return path.suffix != ".zip" and READERS[container_of(path, options)].borders is not None
+    return packing(path) != ".zip" and READERS[container_of(path, options)].borders is not None
 
 
 def shape_of(path: Path, options: ReadOptions) -> str:
@@ -194,9 +201,7 @@ def tell_formats(paths: Iterable[Path], options: ReadOptions) -> None:
     """Say in a line what has been recognised."""
     found: dict[str, list[str]] = {}
     for path in paths:
-        container = "zip" if path.suffix == ".zip" else container_of(path, options)
-        shape = shape_of(path, options)
-        said = f"{container}{path.suffix if _is_compressed(path) and container != 'zip' else ''}, {SHAPES[shape].said}"
-        found.setdefault(said, []).append(path.name)
+        kind = "zip" if packing(path) == ".zip" else container_of(path, options) + packing(path)
+        found.setdefault(f"{kind}, {SHAPES[shape_of(path, options)].said}", []).append(path.name)
     for said, names in found.items():
         log.info(f"reading as {said}: {', '.join(names[:3])}{f' and {len(names) - 3:,} more' if len(names) > 3 else ''}")

@@ -3,17 +3,15 @@
 KEY.digests                         16 bytes of SHA-256 of each document, in the order of the file, all units after each other
 KEY.train.ids KEY.train.lengths     tokens in the shards' dtype and u32 tokens per document, of new units only; KEY.val.* likewise
 KEY.train.spans                     (start, length) pairs of u32, counted from the unit's first token: what carries loss; of units with conversations
-KEY.json                            the commit record, written last: per unit what it holds
+KEY.json                            the commit record, written last: per unit what it holds, and at which byte of each file it begins
 """
 
 import os
-import shutil
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
-from tempfile import TemporaryFile
 
 import numpy as np
 
@@ -22,7 +20,7 @@ from llm.corpus.masks import Spans, joined
 from llm.corpus.plan import Task, Unit
 from llm.data.record import ShardError, read_record, write_record
 
-FORMAT, VERSION = "tally-part", 2
+FORMAT, VERSION = "tally-part", 3
 ROLES = ("train", "val")
 DIGEST_BYTES = 16
 _LENGTH = _SPAN = np.dtype("<u4")
@@ -31,14 +29,11 @@ _PIECE_TOKENS = 1 << 21
 
 @dataclass(frozen=True)
 class PartUnit:
-    """A unit in a part: its record, and where in the part's files it lies."""
+    """A unit in a part, with its record."""
 
     unit: Unit
     record: dict
     stem: Path
-    at: dict[str, tuple[int, int, int]]
-    """Role to (first token, first document, first span)."""
-    first_digest: int
 
     @property
     def unit_id(self) -> str:
@@ -46,20 +41,17 @@ class PartUnit:
 
     def digests(self) -> bytes:
         """The digests of its documents, joined."""
-        with open(f"{self.stem}.digests", "rb") as file:
-            file.seek(self.first_digest * DIGEST_BYTES)
-            return file.read(self.record["docs"] * DIGEST_BYTES)
+        return self._read("digests", np.uint8, self.record["docs"] * DIGEST_BYTES).tobytes()
 
     def pieces(self, role: str, dtype: np.dtype) -> Iterator[tuple[np.ndarray, np.ndarray]]:
         """Ids and tokens per document of this role, some documents at a time."""
-        counts, (first_token, first_doc, _) = self.record[role], self.at[role]
-        if not counts["docs"]:
+        if not self.record[role]["docs"]:
             return
-        lengths = np.fromfile(f"{self.stem}.{role}.lengths", _LENGTH, counts["docs"], offset=first_doc * _LENGTH.itemsize)
+        lengths = self._read(f"{role}.lengths", _LENGTH, self.record[role]["docs"])
         ends = np.cumsum(lengths, dtype=np.int64)
         cuts = [*np.unique(np.searchsorted(ends, np.arange(_PIECE_TOKENS, ends[-1], _PIECE_TOKENS))), len(lengths)]
         with open(f"{self.stem}.{role}.ids", "rb") as file:
-            file.seek(first_token * dtype.itemsize)
+            file.seek(self.record["at"][f"{role}.ids"])
             for start, stop in pairwise([0, *(cut for cut in cuts if cut)]):
                 yield np.fromfile(file, dtype, int(lengths[start:stop].sum(dtype=np.int64))), lengths[start:stop]
 
@@ -68,8 +60,10 @@ class PartUnit:
         n_spans = self.record[role]["spans"]
         if n_spans is None:
             return None
-        start = 2 * _SPAN.itemsize * self.at[role][2]
-        return np.fromfile(f"{self.stem}.{role}.spans", _SPAN, 2 * n_spans, offset=start).reshape(-1, 2).astype(np.int64)
+        return self._read(f"{role}.spans", _SPAN, 2 * n_spans).reshape(-1, 2).astype(np.int64)
+
+    def _read(self, kind: str, dtype: np.dtype, count: int) -> np.ndarray:
+        return np.fromfile(f"{self.stem}.{kind}", dtype, count, offset=self.record["at"][kind])
 
 
 class PartWriter:
@@ -81,7 +75,7 @@ class PartWriter:
     def __init__(self, folder: Path, key: str, dtype: np.dtype, encoder: str):
         self._stem, self._dtype, self._encoder, self._records = folder / key, dtype, encoder, []
         suffixes = ["digests", *(f"{role}.{kind}" for role in ROLES for kind in ("ids", "lengths", "spans"))]
-        self._files = {suffix: open(f"{self._stem}.{suffix}", "w+b") for suffix in suffixes}  # noqa: SIM115  closed by __exit__
+        self._files = {suffix: open(f"{self._stem}.{suffix}", "wb") for suffix in suffixes}  # noqa: SIM115  closed by __exit__
         self._begin()
 
     def __enter__(self) -> "PartWriter":
@@ -106,7 +100,7 @@ class PartWriter:
         self._lengths = {role: array("I") for role in ROLES}
         self._spans = {role: [] for role in ROLES}
         self._bytes = dict.fromkeys(ROLES, 0)
-        self._starts = {role: self._files[f"{role}.ids"].tell() for role in ROLES}
+        self._at = {kind: file.tell() for kind, file in self._files.items()}
 
     def add(self, role: str, digest: bytes, ids: np.ndarray, spans: Spans, eos: bytes, n_bytes: int) -> None:
         """A document of the current unit; `eos`: the end-of-text token as bytes of the dtype, which `spans` count too."""
@@ -122,17 +116,13 @@ class PartWriter:
         """The current unit's documents, all of which the dataset holds already."""
         self.digests += b"".join(digests)
 
-    def end_unit(self, unit_id: str, counts: Counts, orders: dict[str, np.ndarray]) -> None:
-        """`orders`: role to the order its documents shall have; a role that is not in it keeps the order of the file."""
+    def end_unit(self, unit_id: str, counts: Counts) -> None:
         self._files["digests"].write(self.digests)
-        record = {"unit_id": unit_id, "docs": len(self.digests) // DIGEST_BYTES, "counts": asdict(counts)}
+        record = {"unit_id": unit_id, "docs": len(self.digests) // DIGEST_BYTES, "counts": asdict(counts), "at": self._at}
         for role in ROLES:
-            lengths, masks = np.array(self._lengths[role], _LENGTH), self._spans[role]
-            if role in orders:
-                self._reorder(role, lengths, orders[role])
-                lengths, masks = lengths[orders[role]], [masks[i] for i in orders[role]]
+            lengths = np.array(self._lengths[role], _LENGTH)
             self._files[f"{role}.lengths"].write(lengths)
-            n_spans = self._write_spans(role, masks, lengths)
+            n_spans = self._write_spans(role, self._spans[role], lengths)
             record[role] = {"tokens": int(lengths.sum(dtype=np.int64)), "docs": len(lengths), "bytes": self._bytes[role], "spans": n_spans}
         self._records.append(record)
         self._begin()
@@ -144,20 +134,6 @@ class PartWriter:
         spans = joined(zip(masks, lengths.tolist(), strict=True))
         self._files[f"{role}.spans"].write(spans.astype(_SPAN))
         return len(spans)
-
-    def _reorder(self, role: str, lengths: np.ndarray, order: np.ndarray) -> None:
-        if not len(lengths):
-            return
-        file, ends = self._files[f"{role}.ids"], np.cumsum(lengths, dtype=np.int64)
-        file.flush()
-        stored = np.memmap(file.name, self._dtype, "r", self._starts[role], int(ends[-1]))
-        with TemporaryFile(dir=self._stem.parent) as shuffled:
-            for i in order:
-                shuffled.write(stored[ends[i] - lengths[i] : ends[i]])
-            del stored
-            shuffled.seek(0)
-            file.seek(self._starts[role])
-            shutil.copyfileobj(shuffled, file)
 
 
 def is_finished(folder: Path, task: Task) -> bool:
@@ -180,8 +156,5 @@ def read_part(folder: Path, task: Task) -> Iterator[PartUnit]:
     records = _record(folder, task)["units"]
     if len(records) != len(task.units):
         raise ShardError(f"{folder / task.key}.json: speaks of {len(records)} units, the task has {len(task.units)}. Delete {folder} and run again.")
-    at, first_digest = dict.fromkeys(ROLES, (0, 0, 0)), 0
     for unit, record in zip(task.units, records, strict=True):
-        yield PartUnit(unit, record, folder / task.key, at, first_digest)
-        at = {role: tuple(n + (record[role][what] or 0) for n, what in zip(at[role], ("tokens", "docs", "spans"), strict=True)) for role in ROLES}
-        first_digest += record["docs"]
+        yield PartUnit(unit, record, folder / task.key)

@@ -3,13 +3,14 @@
 Into units, whose borders never depend on the number of workers, and tasks: handfuls of units for one worker at a time.
 """
 
+import hashlib
 import os
 import shutil
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import TypeVar
+from typing import NoReturn, TypeVar
 
 from llm.corpus import compressed
 from llm.corpus.formats import is_cut, is_readable, kinds, unit_borders
@@ -21,6 +22,7 @@ from llm.log import UserError, log, progress
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 4 << 20, 512 << 20
 UNITS_PER_SOURCE = 64
 TASK_BYTES = 4 << 20
+_ENDING_BYTES = 64 << 10
 T = TypeVar("T")
 
 
@@ -32,6 +34,13 @@ class Source:
     name: str
     size: int
     mtime_ns: int
+    packed: Path | None = None
+    """What it was unpacked from, if so."""
+
+    @property
+    def given(self) -> Path:
+        """The file that the person knows."""
+        return self.packed or self.path
 
 
 @dataclass(frozen=True)
@@ -57,7 +66,10 @@ class Task:
 
 def find_sources(inputs: Iterable[Path | str], options: ReadOptions) -> list[Source]:
     """The files named, and those inside the folders named, in the order of their names."""
-    found = [source for path in map(Path, inputs) for source in _sources_at(path, options)]
+    try:
+        found = [source for path in map(Path, inputs) for source in _sources_at(path, options)]
+    except OSError as error:
+        raise UserError(f"{error.filename}: cannot be read ({error.strerror}). Put that right, or leave it out.") from None
     return sorted({source.path: source for source in found}.values(), key=lambda source: (source.name, source.path))
 
 
@@ -68,7 +80,7 @@ def _sources_at(path: Path, options: ReadOptions) -> list[Source]:
         if not is_readable(path) and not options.format:
             raise UserError(f"{path}: cannot read files called *{path.suffix}; {kinds()} can be read. Say with --format what it is, or convert it.")
         return [_source(path, path.name)]
-    files = [file for file in path.rglob("*") if file.is_file() and not any(p.startswith(".") for p in file.relative_to(path).parts)]
+    files = _files_in(path)
     sources = [_source(file, str(file.relative_to(path.parent))) for file in files if is_readable(file)]
     if not sources:
         raise UserError(f"{path}: holds no file called {kinds()}. Give such files, or a folder that holds them.")
@@ -77,9 +89,27 @@ def _sources_at(path: Path, options: ReadOptions) -> list[Source]:
     return sources
 
 
+def _files_in(path: Path) -> list[Path]:
+    """All files in a folder but hidden ones. Links to folders are not followed, for they may lead in circles; that is said."""
+    files, links = [], []
+    for at, folders, names in os.walk(path, onerror=_raise):
+        folders[:] = [name for name in folders if not name.startswith(".")]
+        links += [link for link in (Path(at, name) for name in folders) if link.is_symlink()]
+        files += [file for file in (Path(at, name) for name in names if not name.startswith(".")) if not file.is_fifo()]
+    if links:
+        log.warning(f"{path}: links to folders are not followed: {len(links):,}, for example {links[0]}. Name such folders beside it")
+    return files
+
+
+def _raise(error: OSError) -> NoReturn:
+    raise error
+
+
 def _source(path: Path, name: str) -> Source:
     status = path.stat()
-    return Source(path.absolute(), name, status.st_size, status.st_mtime_ns)
+    open(path, "rb").close()  # better refused now than in a worker
+    shown = name.encode(errors="surrogateescape").decode(errors="replace")  # names of files may be any bytes
+    return Source(path.absolute(), shown, status.st_size, status.st_mtime_ns)
 
 
 def unpacked(sources: list[Source], work: Path, options: ReadOptions) -> list[Source]:
@@ -87,7 +117,7 @@ def unpacked(sources: list[Source], work: Path, options: ReadOptions) -> list[So
 
     What an interrupted run has unpacked is used again.
     """
-    packed = [source for source in sources if source.path.suffix in (".gz", ".zst") and is_cut(source.path, options)]
+    packed = [source for source in sources if compressed.packing(source.path) in (".gz", ".zst") and is_cut(source.path, options)]
     plain = {}
     if packed:
         with progress(sum(source.size for source in packed), "unpacking", "bytes") as bar:
@@ -105,7 +135,7 @@ def _unpack(source: Source, work: Path) -> Source:
         with compressed.opened(source.path) as stream, open(tmp, "wb") as file:
             shutil.copyfileobj(stream, file, 1 << 20)
         tmp.replace(path)
-    return replace(source, path=path, size=path.stat().st_size)
+    return replace(source, path=path, size=path.stat().st_size, packed=source.path)
 
 
 def unit_bytes_for(size: int) -> int:
@@ -119,8 +149,9 @@ def plan_units(sources: list[Source], options: ReadOptions, manifest: Manifest |
     units, unit_bytes = [], {}
     known = _known_by_name(manifest)
     for source in sources:
-        earlier = known.get(source.name, [])
-        unit_bytes[source.path] = earlier[0]["unit_bytes"] if earlier else unit_bytes_for(source.size)
+        of_this_name = known.get(source.name, [])
+        earlier = [entry for entry in of_this_name if _was(source, entry)]
+        unit_bytes[source.path] = (earlier or of_this_name)[0]["unit_bytes"] if of_this_name else unit_bytes_for(source.size)
         ends = [entry["bytes"] for entry in earlier]
         starts = unit_borders(source.path, source.size, unit_bytes[source.path], ends, options)
         units += [Unit(source, start, stop) for start, stop in zip(starts, [*starts[1:], source.size], strict=True)]
@@ -133,6 +164,18 @@ def _known_by_name(manifest: Manifest | None) -> dict[str, list[dict]]:
         for name in entry["names"]:
             known.setdefault(name, []).append(entry)
     return known
+
+
+def _was(source: Source, entry: dict) -> bool:
+    """Whether the manifest's entry is of this file, which may have grown since, and not of another of the same name."""
+    return entry["bytes"] <= source.size and entry.get("ending") in (None, ending(source.path, entry["bytes"]))  # None: of an older version
+
+
+def ending(path: Path, size: int) -> str:
+    """A hash of what stands last in the first `size` bytes of a file."""
+    with open(path, "rb") as file:
+        file.seek(max(0, size - _ENDING_BYTES))
+        return hashlib.sha256(file.read(min(size, _ENDING_BYTES))).hexdigest()
 
 
 def plan_tasks(units: list[Unit], settings: dict) -> list[Task]:

@@ -2,13 +2,14 @@
 
 from collections.abc import Callable
 from dataclasses import dataclass
+from itertools import islice, pairwise
 from pathlib import Path
 
 import numpy as np
 
 from llm.corpus.compressed import unpacked_size
 from llm.corpus.documents import Counts, read_documents
-from llm.corpus.encode import document_digest, prefix_source_ids, unit_id_of
+from llm.corpus.encode import SOURCE_TAG, UNIT_TAG, document_digest, ids_so_far, unit_id_of
 from llm.corpus.formats import is_cut, is_readable, kinds, wanted_borders
 from llm.corpus.options import ReadOptions
 from llm.corpus.plan import unit_bytes_for
@@ -44,8 +45,8 @@ def units_of_file(
     if not path.is_file():
         raise UserError(f"{path}: no such file.")
     documents = _read(path, options, advance)
-    size = unpacked_size(path) if (cut_at_all := is_cut(path, options)) else path.stat().st_size
-    cuts = [_cut(size if cut_at_all else 0, documents, *cut) for cut in _possible_cuts(path, size, documents, sources)]
+    size = unpacked_size(path) if is_cut(path, options) else 0
+    cuts = [_units(documents, starts) for starts in _possible_cuts(path, size, documents, sources)]
     return max(cuts, key=lambda units: sum(unit.n_bytes for unit in units if unit.unit_id in known))
 
 
@@ -62,19 +63,31 @@ def _read(path: Path, options: ReadOptions, advance: Callable[[int], None]) -> _
     return _Documents(digests, np.array(starts, np.int64), np.array(sizes, np.int64))
 
 
-def _possible_cuts(path: Path, size: int, documents: _Documents, sources: list[dict]) -> list[tuple[int, list[int]]]:
-    """(unit size, borders from earlier) pairs: a file of its own; one of this name; one that begins as known sources do."""
+def _possible_cuts(path: Path, size: int, documents: _Documents, sources: list[dict]) -> list[list[int]]:
+    """Which documents start a unit: in a file of its own; in one of this name; in one that begins as known sources do; in one with all
+    the text of a source that may have been another kind of file.
+    """
     same_name = [s for s in sources if any(Path(name).name == path.name for name in s["names"])]
-    prefixes = prefix_source_ids(documents.digests, {s["docs"] for s in sources})
+    lengths = {s["docs"] for s in sources}
+    prefixes = {n_docs: source_id for n_docs, source_id in enumerate(ids_so_far(SOURCE_TAG, documents.digests), 1) if n_docs in lengths}
     begins = [s for s in sources if prefixes.get(s["docs"]) == s["source_id"]]
     cuts = [(unit_bytes_for(size), [])]
     for earlier in (same_name, begins):
         ends = sorted({s["bytes"] for s in earlier})
         cuts += [(unit_bytes, chosen) for unit_bytes in {s["unit_bytes"] for s in earlier} for chosen in ([], ends)]
-    return cuts
+    by_position = [np.searchsorted(documents.starts, wanted_borders(size, *cut)).tolist() for cut in cuts]
+    return by_position + [_starts(source, documents.digests) for source in begins if source["docs"] == len(documents.digests)]
 
 
-def _cut(size: int, documents: _Documents, unit_bytes: int, ends: list[int]) -> list[TextUnit]:
-    at = [0, *np.searchsorted(documents.starts, wanted_borders(size, unit_bytes, ends)).tolist(), len(documents.digests)]
-    units = zip(at, at[1:], strict=False)
-    return [TextUnit(unit_id_of(documents.digests[a:b]), b - a, int(documents.sizes[a:b].sum())) for a, b in units if a < b]
+def _starts(source: dict, digests: list[bytes]) -> list[int]:
+    """The documents with which the units of a source of the same text start."""
+    starts = [0]
+    for unit_id in source["unit_ids"]:
+        rest = islice(digests, starts[-1], None)
+        starts.append(starts[-1] + next(n_docs for n_docs, so_far in enumerate(ids_so_far(UNIT_TAG, rest), 1) if so_far == unit_id))
+    return starts
+
+
+def _units(documents: _Documents, starts: list[int]) -> list[TextUnit]:
+    borders = pairwise([0, *starts, len(documents.digests)])
+    return [TextUnit(unit_id_of(documents.digests[a:b]), b - a, int(documents.sizes[a:b].sum())) for a, b in borders if a < b]

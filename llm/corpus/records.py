@@ -1,6 +1,5 @@
 """Records: the pieces that a file is made of, before anybody asks what they mean. How text is cut into them, and decoded."""
 
-import mmap
 import re
 from collections.abc import Iterator
 from pathlib import Path
@@ -33,63 +32,32 @@ def separator_of(separator: str | None) -> re.Pattern | None:
 LINES = separator_of("\n")
 
 
-def cut_mapped(path: Path, start: int, stop: int, separator: re.Pattern | None) -> Iterator[tuple[int, bytes]]:
-    """(position, bytes) of the records in bytes [start, stop) of a file, which must be borders."""
-    if start == stop:  # a file of no bytes, which cannot be mapped
-        yield start, b""
-        return
-    with mapped(path) as content:
-        if len(content) < stop:
-            raise UserError(f"{path}: became shorter while it was read: {len(content):,} bytes, {stop:,} before. Run again.")
-        while start < stop:
-            found = separator.search(content, start, stop) if separator else None
-            end, following = found.span() if found else (stop, stop)
-            check_size(end - start, path)
-            yield start, content[start:end]
-            start = following
+def cut(stream: BinaryIO, separator: re.Pattern | None, path: Path, start: int = 0, stop: int | None = None) -> Iterator[tuple[int, bytes]]:
+    """(position, bytes) of the records of a stream that stands at byte `start`, up to byte `stop` or its end; both must be borders.
 
-
-def cut_stream(stream: BinaryIO, separator: re.Pattern | None, path: Path) -> Iterator[tuple[int, bytes]]:
-    """The same records of a stream, a record at a time in memory."""
-    buffer, position, searched = bytearray(), 0, 0
-    while chunk := stream.read(_CHUNK_BYTES):
-        buffer += chunk
-        start = 0
+    One record at a time is in memory. A mapped file would be less work, and kill the process when somebody cuts it off meanwhile.
+    """
+    buffer, position, searched, more = b"", start, 0, True
+    may_belong = (separator.pattern if separator else b"") + b" \t\r\n"
+    while more:
+        wanted = max(_CHUNK_BYTES, len(buffer))  # doubled, so that a huge record is not copied a thousand times
+        chunk = stream.read(wanted if stop is None else min(wanted, stop - position - len(buffer)))
+        buffer, more, at = buffer + chunk, bool(chunk), 0
         # a match that ends with the buffer may be longer when more has come
-        while separator and (found := separator.search(buffer, max(start, searched))) and found.end() < len(buffer):
-            yield position + start, bytes(buffer[start : found.start()])
-            start = searched = found.end()
-        del buffer[:start]
-        position += start
-        searched = _resume_at(buffer, separator)
-        check_size(len(buffer), path)
-    start = 0
-    for found in separator.finditer(bytes(buffer)) if separator else ():
-        yield position + start, bytes(buffer[start : found.start()])
-        start = found.end()
-    if start < len(buffer) or position + start == 0:
-        yield position + start, bytes(buffer[start:])
-
-
-def _resume_at(buffer: bytearray, separator: re.Pattern | None) -> int:
-    """From where on a separator may still be incomplete: before this no byte can belong to one that goes on."""
-    at, may_belong = len(buffer), {*(separator.pattern if separator else b""), *b" \t\r\n"}
-    while at > 0 and buffer[at - 1] in may_belong:
-        at -= 1
-    return at
-
-
-def check_size(n_bytes: int, path: Path) -> None:
-    if n_bytes > MAX_RECORD_BYTES:
-        raise UserError(
-            f"{path}: a single record of more than {MAX_RECORD_BYTES >> 20:,} MiB. A document must fit in memory: divide the file with "
-            f"--separator (blank-lines, or what stands between its documents)."
-        )
-
-
-def mapped(path: Path) -> mmap.mmap:
-    with open(path, "rb") as file:
-        return mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        while separator and (found := separator.search(buffer, max(at, searched))) and (found.end() < len(buffer) or not more):
+            yield position + at, buffer[at : found.start()]
+            at = searched = found.end()
+        buffer, position = buffer[at:], position + at
+        searched = len(buffer.rstrip(may_belong))  # before this no separator can be incomplete
+        if len(buffer) > MAX_RECORD_BYTES:
+            raise UserError(
+                f"{path}: a single record of more than {MAX_RECORD_BYTES >> 20:,} MiB. A document must fit in memory: divide the file with "
+                f"--separator (blank-lines, or what stands between its documents)."
+            )
+    if stop is not None and position + len(buffer) < stop:
+        raise UserError(f"{path}: became shorter while it was read: {position + len(buffer):,} bytes, {stop:,} before. Run again.")
+    if buffer or position == 0:
+        yield position, buffer
 
 
 def decoded(content: bytes) -> str:

@@ -3,6 +3,7 @@
 import codecs
 import csv
 import json
+import mmap
 import re
 from collections.abc import Iterator
 from functools import partial
@@ -12,7 +13,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from llm.corpus.options import ReadOptions
-from llm.corpus.records import LINES, Record, cut_mapped, cut_stream, decoded, mapped, separator_of
+from llm.corpus.records import LINES, Record, cut, decoded, separator_of
 from llm.log import UserError
 
 MAX_JSON_BYTES = 256 << 20  # of a value that must be in memory as a whole
@@ -20,20 +21,12 @@ MAX_CELL_BYTES = 64 << 20
 _SPACE = re.compile(r"[\s,]*")  # between the values of an array
 
 
-def text_records(path: Path, start: int, stop: int, options: ReadOptions) -> Iterator[Record]:
-    return starmap(_text, cut_mapped(path, start, stop, separator_of(options.separator)))
+def text_stream(stream: BinaryIO, options: ReadOptions, path: Path, *span: int) -> Iterator[Record]:
+    return starmap(_text, cut(stream, separator_of(options.separator), path, *span))
 
 
-def text_stream(stream: BinaryIO, options: ReadOptions, path: Path) -> Iterator[Record]:
-    return starmap(_text, cut_stream(stream, separator_of(options.separator), path))
-
-
-def jsonl_records(path: Path, start: int, stop: int, _: ReadOptions) -> Iterator[Record]:
-    return starmap(_json_line, cut_mapped(path, start, stop, LINES))
-
-
-def jsonl_stream(stream: BinaryIO, _: ReadOptions, path: Path) -> Iterator[Record]:
-    return starmap(_json_line, cut_stream(stream, LINES, path))
+def jsonl_stream(stream: BinaryIO, _: ReadOptions, path: Path, *span: int) -> Iterator[Record]:
+    return starmap(_json_line, cut(stream, LINES, path, *span))
 
 
 def _text(position: int, content: bytes) -> Record:
@@ -60,7 +53,7 @@ def unit_borders(path: Path, separator: re.Pattern | None, wanted: list[int]) ->
         return [0]
     overlap = 1 if separator is LINES else len(separator.pattern)
     found = [0]
-    with mapped(path) as content:
+    with open(path, "rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as content:
         for position in wanted:
             if position <= found[-1]:
                 continue  # inside a record that was longer than a unit

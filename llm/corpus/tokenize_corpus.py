@@ -69,11 +69,13 @@ def tokenize_corpus(request: Request) -> Report:
         part_units = [unit for task in tasks for unit in read_part(work, task)]
         counts = _checked_counts(part_units)
         read_sources = identify(part_units)
-        distinct = distinct_units(read_sources)
+        if not read_sources:
+            raise Unusable("there is no text: the inputs hold no document that is not empty. Give files with text.")
+        distinct = distinct_units(read_sources, {source["source_id"] for source in manifest.sources} if manifest else set())
         _check_amount(distinct, manifest)
 
         note_use(Path(request.tokenizer_path), request.out)
-        writer = {"program": f"tally-llm {llm.__version__}", "val_ratio": request.val_ratio, "shuffle_seed": request.shuffle_seed}
+        writer = {"program": f"tally-llm {llm.__version__}", "val_ratio": request.val_ratio}
         shards = ShardWriter(request, info, timestamp, writer | ({"template": template} if template else {})).publish(distinct)
         entries = [source.to_json(unit_bytes[source.source.path]) for source in read_sources]
         write_manifest(request.out, sources=entries, shards=shards, tokenizer=info, seq_len=request.seq_len, template=template)
@@ -156,7 +158,6 @@ def _settings(request: Request, info: dict, manifest: Manifest | None) -> dict:
         "tokenizer": info["fingerprint"],
         "options": asdict(request.options),
         "val_ratio": request.val_ratio,
-        "shuffle_seed": request.shuffle_seed,
         "known_units": manifest.manifest_id if manifest else None,
     }
 
@@ -177,25 +178,23 @@ def _stamp(seconds: int) -> str:
 
 def _checked_counts(part_units: list[PartUnit]) -> Counts:
     """The sum of what reading has met. Refuses a source of which too much cannot be read."""
-    total, by_path = Counts(), {}
+    total, by_source = Counts(), {}
     for part_unit in part_units:
         counts = Counts(**part_unit.record["counts"])
-        by_path.setdefault(part_unit.unit.source.path, Counts()).add(counts)
+        by_source.setdefault(part_unit.unit.source, Counts()).add(counts)
         total.add(counts)
     for example in total.examples:
         log.warning(f"malformed: {example}")
-    for path, counts in by_path.items():
+    for source, counts in by_source.items():
         if counts.malformed > MAX_MALFORMED * counts.records:
             raise Unusable(
-                f"{path}: {counts.malformed:,} of {counts.records:,} records are malformed, and more than {MAX_MALFORMED:.1%} is too "
+                f"{source.given}: {counts.malformed:,} of {counts.records:,} records are malformed, and more than {MAX_MALFORMED:.1%} is too "
                 f"many to go on. The first: {counts.examples[0]}. Repair the file, or leave it out."
             )
     return total
 
 
 def _check_amount(units: list[PartUnit], manifest: Manifest | None) -> None:
-    if not units:
-        raise Unusable("there is no text: the inputs hold no document that is not empty. Give files with text.")
     n_docs = {role: sum(unit.record[role]["docs"] for unit in units) for role in ROLES}
     if not manifest and not n_docs["train"]:
         raise Unusable(

@@ -95,8 +95,8 @@ def _merged_sources(old: list[dict], new: list[dict]) -> list[dict]:
     """A source that is known already keeps its place and only gains names."""
     merged = {source["source_id"]: source for source in old}
     for source in new:
-        names = merged.get(source["source_id"], source)["names"]
-        merged[source["source_id"]] = {**source, "names": names + [name for name in source["names"] if name not in names]}
+        known = merged.get(source["source_id"], source)
+        merged[source["source_id"]] = {**known, "names": known["names"] + [name for name in source["names"] if name not in known["names"]]}
     return list(merged.values())
 
 

@@ -8,6 +8,7 @@ from importlib.util import find_spec
 import numpy as np
 import tiktoken
 
+from llm.tokenizer import gpt2
 from llm.tokenizer.fingerprint import probes
 from llm.tokenizer.protocol import Tokenizer
 from llm.tokenizer.ranks import RankEncoder, tokenizer_of
@@ -16,6 +17,8 @@ CHECKED_CHARS = 4 << 20  # compared in full at the start of each process
 CHECK_ONE_BATCH_OF = 1000  # after that
 RENEW_CHARS = 1 << 30  # its cache of words has no stated bound
 _PROBED_BELOW = 0x20000  # characters above are rare enough to be left to the reference without a question
+# GPT-2's pattern as gigatoken knows it: the same matches as tiktoken's form of it, which gigatoken refuses
+_KNOWN_FORM = {gpt2.PATTERN: r"'(?:[sdmt]|ll|ve|re)| ?\p{L}+| ?\p{N}+| ?[^\s\p{L}\p{N}]+|\s+(?!\S)|\s+"}
 _NOT_ASCII = re.compile(r"[^\x00-\x7f]+")
 
 
@@ -31,7 +34,7 @@ class FastEncoder:
 
     def __init__(self, reference: RankEncoder):
         self._reference = reference
-        self._json = tokenizer_of(reference.ranks, reference.pattern).to_str()
+        self._json = tokenizer_of(reference.ranks, _KNOWN_FORM.get(reference.pattern, reference.pattern)).to_str()
         self._renew()
         self._checked, self._batches = 0, 0
         self._compare(probes(), self._encode(probes()))
@@ -76,7 +79,7 @@ def _gigatoken(content: str):
     try:
         return gigatoken.Tokenizer.from_json(content).backend.encode
     except Exception as error:  # the library has no class of its own for what it cannot load
-        raise FastPathWrong(f"gigatoken cannot load this tokenizer: {error}") from error
+        raise FastPathWrong(f"gigatoken cannot load this tokenizer: {str(error).partition(chr(10))[0]}") from error
 
 
 def _is_known(text: str) -> bool:

@@ -45,14 +45,16 @@ class HuggingFaceTokenizer:
         return rank_encoder_of(self._hf, self._structure)
 
     def encode(self, text: str) -> np.ndarray:
-        if self.rank_encoder:
-            return self.rank_encoder.encode(text)
-        parts = cut_text(text, self._cut_chars) if self._cut_chars else [text]
-        return np.concatenate([self.encode_batch([part])[0] for part in parts]) if len(parts) > 1 else self.encode_batch(parts)[0]
+        return self.encode_batch([text])[0]
 
     def encode_batch(self, texts: Sequence[str]) -> list[np.ndarray]:
         if self.rank_encoder:
             return self.rank_encoder.encode_batch(texts)
+        if self._cut_chars and any(len(text) > self._cut_chars for text in texts):
+            return [np.concatenate([self._encoded([part])[0] for part in cut_text(text, self._cut_chars)]) for text in texts]
+        return self._encoded(texts)
+
+    def _encoded(self, texts: Sequence[str]) -> list[np.ndarray]:
         found = self._hf.encode_batch_fast(list(texts), add_special_tokens=False)
         return [np.array(encoding.ids, dtype=np.uint32) for encoding in found]
 

@@ -12,9 +12,7 @@ from llm.tokenizer.protocol import SPECIAL_TOKENS
 from llm.tokenizer.ranks import tokenizer_of
 
 # Llama 3's form of GPT-4's split: words with one leading space or sign, digits by threes, line ends apart.
-PATTERN = (
-    r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
-)
+PATTERN = r"(?i:'s|'t|'re|'ve|'m|'ll|'d)|[^\r\n\p{L}\p{N}]?\p{L}+|\p{N}{1,3}| ?[^\s\p{L}\p{N}]+[\r\n]*|\s*[\r\n]+|\s+(?!\S)|\s+"
 MAX_SAMPLE_BYTES = 2**31 - 1  # the trainer counts pairs in 32 bits
 MAX_TOKEN_BYTES = 32
 _SPARE_OF = 20  # one token in so many is learned beyond what is asked for, in place of those that are too long

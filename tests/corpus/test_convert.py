@@ -68,6 +68,16 @@ def test_what_cannot_be_written_is_refused_and_nothing_is_left(tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["talk.jsonl"]
 
 
+def test_a_separator_that_would_not_part_the_documents_again_as_they_are_is_refused(tmp_path):
+    for separator, said in (("\n\n", "the one before ends with the beginning"), (None, "--out-separator is empty")):
+        with pytest.raises(UserError, match=said):
+            convert([Document("one line\n", "s", 0), Document("another\n", "s", 1)], tmp_path / "a.txt", separator)
+    documents = [Document("one line", "s", 0), Document("\nanother\n", "s", 1)]
+    assert convert(documents, tmp_path / "a.txt", "\n\n") == 2
+    read_again = read_documents(tmp_path / "a.txt", "a.txt", 0, (tmp_path / "a.txt").stat().st_size, ReadOptions(separator="\n\n"), Counts())
+    assert [document.text for document in read_again] == [document.text for document in documents]
+
+
 def test_every_step_drops_what_it_says_and_counts_it():
     cleaning = Cleaning(repair_unicode=True, drop_lines=("^Advert", "cookie"), min_chars=5, max_chars=20, dedup=True)
     texts = ["A good text.", "A good text.", "Advert: buy\nA good\ncookies!\ntext.", "tiny", "x" * 21, "cookie", "itâ€™s fine"]

@@ -59,21 +59,10 @@ def test_jsonl_needs_no_line_end_at_its_end_and_takes_crlf(tmp_path):
     assert texts(path) == ["one", "two"]
 
 
-def test_a_byte_order_mark_is_stripped(tmp_path):
-    (tmp_path / "a.txt").write_bytes(b"\xef\xbb\xbfhello")
-    (tmp_path / "a.jsonl").write_bytes(b'\xef\xbb\xbf{"text": "hello"}\n')
-    assert texts(tmp_path / "a.txt") == texts(tmp_path / "a.jsonl") == ["hello"]
-
-
 def test_invalid_utf8_is_replaced_and_counted(tmp_path):
     (tmp_path / "a.txt").write_bytes(b"caf\xe9 au lait")
     documents, counts = read(tmp_path / "a.txt")
     assert documents[0].text == "caf\ufffd au lait" and counts.bad_utf8 == 1
-
-
-def test_half_surrogate_pairs_are_replaced_and_whole_ones_are_characters(tmp_path):
-    documents, counts = read(jsonl(tmp_path / "a.jsonl", r'{"text": "a\ud800b"}', r'{"text": "\ud83d\ude00"}'))
-    assert [d.text for d in documents] == ["a\ufffdb", "😀"] and counts.bad_utf8 == 1
 
 
 def test_empty_documents_are_dropped_and_counted(tmp_path):

@@ -105,6 +105,8 @@ def test_a_byte_order_mark_before_a_table_is_no_text(kind, tmp_path):
 def test_half_a_surrogate_pair_that_json_spells_is_replaced_and_counted(kind, tmp_path):
     (tmp_path / f"a.{kind}").write_bytes(HOLDS[kind](rb"a\ud800b"))
     assert read(tmp_path / f"a.{kind}") == (["a\ufffdb"], Counts(records=1, bad_utf8=1))
+    (tmp_path / f"a.{kind}").write_bytes(json.dumps([{"text": "😀"}]).strip("[]" if kind == "jsonl" else "").encode())
+    assert read(tmp_path / f"a.{kind}") == (["😀"], Counts(records=1))  # json.dumps spells it as a whole pair
 
 
 def test_a_line_of_fifty_megabytes_is_one_document(tmp_path):

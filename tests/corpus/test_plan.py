@@ -1,5 +1,8 @@
 """Which files are read, and how they are cut."""
 
+import os
+from pathlib import Path
+
 import pytest
 
 from llm.corpus.options import ReadOptions
@@ -32,6 +35,37 @@ def test_inputs_that_cannot_be_read_are_refused(tmp_path):
     for path, said in ((tmp_path / name, said) for name, said in refusals.items()):
         with pytest.raises(UserError, match=said):
             find_sources([path], ReadOptions())
+
+
+def test_links_to_folders_are_told_and_files_that_cannot_be_opened_refused(tmp_path, capsys):
+    for name in ("texts/a.txt", "elsewhere/b.txt"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_text("x")
+    (tmp_path / "texts" / "more").symlink_to(tmp_path / "elsewhere")
+    assert [source.name for source in find_sources([tmp_path / "texts"], ReadOptions())] == ["texts/a.txt"]
+    assert "links to folders are not followed" in capsys.readouterr().out
+    (tmp_path / "texts" / "gone.txt").symlink_to(tmp_path / "nowhere.txt")
+    with pytest.raises(UserError, match="gone.txt: cannot be read"):
+        find_sources([tmp_path / "texts"], ReadOptions())
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason="root may read everything")
+@pytest.mark.parametrize("closed", ["a.txt", "sub"])
+def test_what_may_not_be_read_is_refused_and_never_left_out_unsaid(closed, tmp_path):
+    (tmp_path / "sub").mkdir()
+    for name in ("a.txt", "sub/b.txt"):
+        (tmp_path / name).write_text("x")
+    (tmp_path / closed).chmod(0)
+    try:
+        with pytest.raises(UserError, match=f"{closed}: cannot be read"):
+            find_sources([tmp_path], ReadOptions())
+    finally:
+        (tmp_path / closed).chmod(0o700)
+
+
+def test_a_name_that_is_no_utf8_can_be_shown(tmp_path):
+    Path(os.fsdecode(os.fsencode(tmp_path) + b"/caf\xe9.txt")).write_text("x")
+    assert [source.name.partition("/")[2] for source in find_sources([tmp_path], ReadOptions())] == ["caf\ufffd.txt"]
 
 
 def test_small_files_share_a_task_and_a_large_unit_has_its_own(tmp_path):

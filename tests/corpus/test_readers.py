@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import os
 import zipfile
 
 import pyarrow as pa
@@ -219,6 +220,21 @@ def test_a_compressed_text_is_cut_as_the_plain_one(separator, tmp_path, monkeypa
         assert [(d.text, d.index) for d in read(tmp_path / "a.txt.gz", ReadOptions(separator=separator))[0]] == plain
 
 
+def test_names_in_capitals_say_the_same(tmp_path):
+    (tmp_path / "A.TXT.GZ").write_bytes(gzip.compress(b"hello"))
+    (tmp_path / "B.ZIP").write_bytes(as_zip(**{"a.txt": b"hello"}))
+    assert texts(tmp_path / "A.TXT.GZ") == texts(tmp_path / "B.ZIP") == ["hello"]
+
+
+def test_times_that_python_cannot_hold_do_no_harm_to_the_text_beside_them(tmp_path):
+    nanoseconds, far = pa.array([1, 2], pa.timestamp("ns")), pa.array([2**40] * 2, pa.timestamp("s"))
+    table = pa.table({"text": ["one", "two"], "at": nanoseconds, "until": far})
+    pq.write_table(table, tmp_path / "a.parquet")
+    with pa.ipc.new_file(str(tmp_path / "a.arrow"), table.schema) as writer:
+        writer.write_table(table)
+    assert texts(tmp_path / "a.parquet") == texts(tmp_path / "a.arrow") == ["one", "two"]
+
+
 # what is refused
 
 
@@ -240,6 +256,16 @@ def test_damaged_files_are_refused_with_their_name_and_never_read_in_part(tmp_pa
     assert "line 3: a quote opens here" in refusal(tmp_path / "b.csv")
 
 
+OTHERS = {"gzip": gzip.compress(b"hello"), "zip": as_zip(a=b"hello"), "a PDF": b"%PDF-1.7\n\xe2\xe3", "UTF-16": "\ufeffhello".encode("utf-16-le")}
+
+
+@pytest.mark.parametrize("what", OTHERS)
+def test_what_is_no_plain_text_is_refused_under_the_name_of_text_unless_it_is_said_to_be(what, tmp_path):
+    (tmp_path / "a.txt").write_bytes(OTHERS[what])
+    assert what in refusal(tmp_path / "a.txt")
+    assert len(texts(tmp_path / "a.txt", format="txt")) == 1
+
+
 def test_a_bomb_is_refused_before_it_is_read(tmp_path, monkeypatch):
     monkeypatch.setattr(compressed, "FREE_BYTES", 1 << 20)
     (tmp_path / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "a"}\n' + b" " * (8 << 20)))
@@ -253,6 +279,16 @@ def test_what_does_not_fit_in_memory_is_refused_with_a_way_out(tmp_path, monkeyp
     for name, content in (("a.txt", b"x" * 2000), ("a.txt.gz", gzip.compress(b"x" * 2000))):
         (tmp_path / name).write_bytes(content)
         assert "--separator" in refusal(tmp_path / name)
+
+
+def test_a_file_that_becomes_shorter_while_it_is_read_is_refused_and_kills_nobody(tmp_path):
+    path = tmp_path / "a.jsonl"
+    path.write_bytes(as_jsonl([{"text": "x" * 1000}] * 5000))
+    documents = read_documents(path, "a", 0, path.stat().st_size, ReadOptions(), Counts())
+    next(documents)
+    os.truncate(path, 100)
+    with pytest.raises(UserError, match="a.jsonl: became shorter"):
+        list(documents)
 
 
 def test_rows_of_another_width_are_malformed_and_parquet_inside_zip_is_refused(tmp_path):

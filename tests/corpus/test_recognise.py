@@ -2,6 +2,8 @@
 
 import json
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 from raw_text import prose, write_jsonl
 
 from llm.corpus import plan
@@ -42,6 +44,14 @@ def test_a_grown_file_is_recognised_whole_and_under_another_name_too(request_for
     assert recognised(path.rename(path.with_name("b.jsonl")), request_for().out) == (grown_bytes, grown_bytes)
     path.write_bytes(before)
     assert recognised(path, request_for().out) == (first_bytes, first_bytes)
+
+
+def test_a_copy_in_another_kind_of_file_is_recognised_whole(request_for, raw, tmp_path):
+    tokenize_corpus(request_for())
+    documents = [json.loads(line)["text"] for line in (raw / "big.jsonl").read_text().splitlines()]
+    pq.write_table(pa.table({"text": documents}), tmp_path / "copy.parquet", row_group_size=7)
+    n_bytes = sum(map(len, documents))
+    assert recognised(tmp_path / "copy.parquet", request_for().out) == (n_bytes, n_bytes)
 
 
 def test_unknown_text_is_not_recognised(request_for, raw, tmp_path):

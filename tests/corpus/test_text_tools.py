@@ -52,6 +52,14 @@ def test_a_tokenizer_that_shards_were_made_with_is_not_replaced_without_force(tm
     assert load_tokenizer(tok).fingerprint != fingerprint
 
 
+def test_a_terminal_that_knows_few_characters_shows_what_it_can(tmp_path, monkeypatch):
+    monkeypatch.setenv("PYTHONIOENCODING", "ascii")
+    code, said = tool("inspect_data.py", write_jsonl(tmp_path / "caf\u00e9.jsonl", ["na\u00efve"]))
+    assert code == 0 and "na?ve" in said
+    code, said = tool("inspect_data.py", tmp_path / "caf\u00e9.jsonl", "--png", tmp_path / "nowhere" / "a.png")
+    assert code == 2 and "cannot be written" in said and "Traceback" not in said
+
+
 def test_mistakes_end_in_one_paragraph_and_exit_code_2(tmp_path):
     code, said = tool("tokenize_parallel.py", tmp_path / "missing.txt", "--tokenizer", tmp_path, "--seq-len", 64, "--out", tmp_path / "set")
     assert code == 2 and said.startswith("error: ") and said.count("\n") == 1
@@ -69,10 +77,10 @@ def test_help_answers_at_once(script):
 
 
 def test_the_recipe_gives_the_same_text_each_time_within_its_bytes(tmp_path):
-    first = collect("pystdlib", tmp_path / "a.jsonl", 300_000)
+    n_docs, n_bytes = collect("pystdlib", tmp_path / "a.jsonl", 300_000)
     collect("pystdlib", tmp_path / "b.jsonl", 300_000)
     assert (tmp_path / "a.jsonl").read_bytes() == (tmp_path / "b.jsonl").read_bytes()
-    assert 100_000 < first.bytes <= 300_000 and first.docs > 3
+    assert 100_000 < n_bytes <= 300_000 and n_docs > 3
 
 
 def test_a_recipe_that_finds_nothing_says_so_and_leaves_no_file(tmp_path):

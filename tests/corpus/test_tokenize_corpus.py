@@ -2,9 +2,12 @@
 
 import gzip
 import json
+import shutil
 import time
 
-from raw_text import contents, documents_of, manifest_id, prose, raw_texts, stamp_of, texts_of, write_jsonl
+import pyarrow as pa
+import pyarrow.parquet as pq
+from raw_text import contents, manifest_id, prose, raw_texts, stamp_of, texts_of, write_jsonl
 
 from llm.corpus import plan
 from llm.corpus.options import ReadOptions
@@ -66,7 +69,7 @@ def test_nothing_but_the_dataset_is_left_behind(request_for, raw):
     assert {path.name.rpartition(".")[2] for path in request_for().out.iterdir()} == {"bin", "idx", "json"}
 
 
-# validation split, shuffle, emit
+# validation split, emit
 
 
 def test_the_validation_split_goes_by_content(request_for, raw, tokenizer_folder, tmp_path):
@@ -77,20 +80,6 @@ def test_the_validation_split_goes_by_content(request_for, raw, tokenizer_folder
     write_jsonl(raw / "big.jsonl", reversed([json.loads(line)["text"] for line in (raw / "big.jsonl").read_text().splitlines()]))
     tokenize_corpus(request_for("second", val_ratio=0.2))
     assert set(texts_of(tmp_path / "second", tokenizer_folder, "val")) == first
-
-
-def test_shuffling_permutes_the_documents_inside_their_unit(request_for, raw, tmp_path):
-    orders = {}
-    for name, seed in (("plain", None), ("seed 1", 1), ("seed 1 again", 1), ("seed 2", 2)):
-        report = tokenize_corpus(request_for(name, shuffle_seed=seed))
-        orders[name] = [tuple(document) for document in documents_of(tmp_path / name)]
-        units = {unit["unit_id"]: unit["docs"] for meta in report.shards for unit in meta.units}
-    assert orders["seed 1"] == orders["seed 1 again"]
-    assert len({tuple(order) for order in orders.values()}) == 3
-    start = 0
-    for docs in units.values():  # the units stand in the same order in all, as their ids do not depend on the shuffle
-        assert len({tuple(sorted(order[start : start + docs])) for order in orders.values()}) == 1
-        start += docs
 
 
 def test_emitted_jsonl_has_the_ids_of_one_document_a_line(request_for, raw):
@@ -145,6 +134,40 @@ def test_the_same_text_in_two_files_is_used_once_and_said(request_for, raw, toke
     tokenize_corpus(request_for())
     assert sorted(texts_of(request_for().out, tokenizer_folder)) == sorted(set(raw_texts(raw)))
     assert "used once" in capsys.readouterr().out
+
+
+def test_files_of_one_name_are_told_apart_and_each_keeps_its_units(request_for, tmp_path):
+    files = [write_jsonl(tmp_path / folder / "train.jsonl", [prose(1000 * i + j, 60) for j in range(n)])
+             for i, (folder, n) in enumerate((("books", 30), ("wiki", 100)))]  # fmt: skip
+    request = request_for(inputs=tuple(map(str, files)))
+    assert sum(meta.n_docs for meta in tokenize_corpus(request).shards) == 130
+    assert tokenize_corpus(request).shards == []
+    write_jsonl(files[0], [prose(j, 60) for j in range(40)])
+    assert sum(meta.n_docs for meta in tokenize_corpus(request).shards) == 10
+
+
+def test_text_that_is_there_is_not_new_in_another_kind_of_file_or_as_a_copy_that_is_cut_otherwise(request_for, tmp_path):
+    documents = [prose(i, 60) for i in range(100)]
+    path = write_jsonl(tmp_path / "raw" / "a.jsonl", documents[:70])
+    tokenize_corpus(request_for())
+    write_jsonl(path, documents)  # it has grown, so its units are not those of a file that has always been so large
+    assert sum(meta.n_docs for meta in tokenize_corpus(request_for()).shards) == 30
+    shutil.copy(path, path.with_name("copy.jsonl"))
+    pq.write_table(pa.table({"text": documents}), path.with_name("a.parquet"), row_group_size=30)
+    assert tokenize_corpus(request_for()).shards == []
+    assert sum(meta.n_docs for meta in tokenize_corpus(request_for("another")).shards) == 100
+    names = [sorted(source["names"]) for source in load_manifest(request_for().out).sources]
+    assert names == [["raw/a.jsonl"], ["raw/a.jsonl", "raw/a.parquet", "raw/copy.jsonl"]]
+    write_jsonl(path, [*documents, "one more"])
+    assert [meta.n_docs for meta in tokenize_corpus(request_for()).shards] == [1]
+
+
+def test_a_dataset_inside_the_folder_of_its_text_is_not_taken_for_text(request_for, raw, tokenizer_folder):
+    for name in ("raw", "raw/set"):
+        tokenize_corpus(request_for(name, emit_jsonl=True))
+    (raw / "new.txt").write_text("quite new text")
+    for name in ("raw", "raw/set"):
+        assert [meta.n_docs for meta in tokenize_corpus(request_for(name, emit_jsonl=True)).shards] == [1]
 
 
 def test_units_of_a_grown_source_keep_the_size_of_its_first_time(request_for, tmp_path, monkeypatch):

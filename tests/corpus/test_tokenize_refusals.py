@@ -1,5 +1,6 @@
 """What tokenizing refuses, in one paragraph, with nothing half-written."""
 
+import gzip
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
@@ -53,6 +54,13 @@ def test_too_many_malformed_lines_are_refused_and_few_are_told(request_for, tmp_
         file.write("{broken\n" * 2)
     assert "3 of 2,002 records are malformed" in refusal(request_for("bad"))
     assert not request_for("bad").out.exists()
+
+
+def test_of_a_packed_file_the_name_is_told_that_was_given(request_for, tmp_path):
+    (tmp_path / "raw").mkdir()
+    (tmp_path / "raw" / "a.jsonl.gz").write_bytes(gzip.compress(b'{"text": "x"}\n{broken\n'))
+    said = refusal(request_for())
+    assert said.startswith(f"{tmp_path}/raw/a.jsonl.gz: 1 of 2 records are malformed") and "raw/a.jsonl.gz, byte 14" in said and WORK not in said
 
 
 def test_a_split_that_leaves_nothing_to_train_on_is_refused(request_for, tmp_path):

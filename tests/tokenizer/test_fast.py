@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from test_tokenizers import write_gpt2
 
 from llm.tokenizer import fast, load_tokenizer
 from llm.tokenizer.fast import FastEncoder, FastPathWrong, no_fast_encoder
@@ -32,6 +33,13 @@ def test_it_gives_the_ids_of_the_reference_also_for_characters_that_only_newer_t
     texts = [*probes(), *DOCUMENTS, 'a\ua7cf",\n', "\ua7ce", "\U00020000\U000323b0", "x" * 10_000, "", "\x00"]
     for ids, text in zip(FastEncoder(tokenizer.rank_encoder).encode_batch(texts), texts, strict=True):
         assert np.array_equal(ids, tokenizer.encode(text)), text
+
+
+def test_gpt2s_vocabulary_has_a_fast_encoder_with_the_ids_of_the_reference(tmp_path):
+    gpt2 = load_tokenizer(write_gpt2(tmp_path))
+    texts = [*probes(), *DOCUMENTS, "a  \n b\n\n", " \n"]
+    for ids, text in zip(FastEncoder(gpt2.rank_encoder).encode_batch(texts), texts, strict=True):
+        assert np.array_equal(ids, gpt2.encode(text)), text
 
 
 def test_the_names_of_special_tokens_in_text_stay_text(tokenizer):

@@ -3,6 +3,7 @@
 import base64
 import json
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -200,6 +201,23 @@ def test_long_text_in_parts_has_the_ids_of_the_whole(kind, tmp_path, monkeypatch
     monkeypatch.setattr("llm.tokenizer.ranks.CUT_CHARS", 10)
     assert len(cut_module.cut_text(text, 10)) > 200
     np.testing.assert_array_equal(load_tokenizer(tmp_path / kind).encode(text), whole)
+
+
+def test_long_text_is_encoded_in_parts_in_batches_too(tmp_path, monkeypatch):
+    content = json.loads((write_bpe(tmp_path / "bpe") / "tokenizer.json").read_bytes())
+    content["model"]["ignore_merges"] = True  # as Llama 3's, which ranks cannot say
+    (tmp_path / "bpe" / "tokenizer.json").write_text(json.dumps(content))
+    texts = [TEXT, "", "short"]
+    whole = load_tokenizer(tmp_path / "bpe").encode_batch(texts)
+    monkeypatch.setattr(huggingface_module, "CUT_CHARS", 1000)
+    tokenizer = load_tokenizer(tmp_path / "bpe")
+    assert tokenizer.rank_encoder is None
+    lengths, real = [], tokenizer._hf.encode_batch_fast
+    recorder = lambda texts, **options: lengths.extend(map(len, texts)) or real(texts, **options)  # noqa: E731
+    tokenizer._hf = SimpleNamespace(encode_batch_fast=recorder)
+    for ids, wanted in zip(tokenizer.encode_batch(texts), whole, strict=True):
+        np.testing.assert_array_equal(ids, wanted)
+    assert max(lengths) < 1100 < len(TEXT)
 
 
 def test_text_is_not_cut_for_a_tokenizer_that_marks_the_start_of_text(tmp_path, monkeypatch):
