@@ -40,7 +40,8 @@ def generate_rows(
     Of a prompt longer than the context the end is used. Text longer than the context goes on from its last half.
     """
     seq_len = model.cfg.seq_len
-    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]  # on the CPU, for the same draws on every device
+    seeds = [(seed + row) % 2**63 for row in range(len(prompts))]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU, for the same draws on every device
     rows = [[int(i) for i in prompt][-seq_len:] for prompt in prompts]
     ends = [len(row) + max_tokens for row in rows]
     cache = KVCache(model.cfg, len(prompts), model.device, model.dtype, room=min(seq_len, max(ends)))

@@ -55,6 +55,12 @@ def test_the_seed_decides_the_text(tokenizer):
     assert first != continued(model, tokenizer, [1], 30, sampling, seed=6)
 
 
+def test_a_seed_of_any_size_gives_its_own_text(tokenizer):
+    model = little_model(tokenizer)
+    texts = [continued(model, tokenizer, [1], 30, Sampling(temperature=1.0), seed) for seed in (5, -5, 2**63 - 1, 10**30)]
+    assert len(set(map(tuple, texts))) == 4
+
+
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=5.0)], ids=["greedy", "hot"])
 def test_columns_that_only_pad_the_vocabulary_never_win(tokenizer, sampling):
     model = little_model(tokenizer)

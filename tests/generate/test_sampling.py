@@ -13,8 +13,9 @@ def drawn(sampling: Sampling, n: int = 2000) -> torch.Tensor:
     return torch.bincount(torch.tensor([pick(LOGITS, sampling, generator) for _ in range(n)]), minlength=4) / n
 
 
-def test_zero_temperature_takes_the_likeliest():
-    assert drawn(Sampling(temperature=0), 20).tolist() == [0, 1, 0, 0]
+@pytest.mark.parametrize("temperature", [0, 1e-320, 1e-40, 1e-8])
+def test_zero_temperature_or_next_to_none_takes_the_likeliest(temperature):
+    assert drawn(Sampling(temperature), 20).tolist() == [0, 1, 0, 0]
 
 
 def test_temperature_one_draws_by_probability():
