@@ -13,6 +13,7 @@ import pytest
 from little_chat import CHAT, answer, ask, load_little, serving
 
 from llm.chat import page
+from llm.log import UserError
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -199,12 +200,8 @@ class _Watched:
 def test_a_client_that_leaves_stops_its_answer_and_what_it_had_waiting_never_begins(stream):
     held = Held()
     with serving(load=held.load) as server:
-        body = json.dumps(CHAT | {"max_tokens": 100, "stream": stream}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        leaving = [socket.create_connection(server.server_address) for _ in range(3)]
-        for connection in leaving:
-            connection.sendall(head.encode() + body)
-        until(lambda: server.worker._waiting.qsize() == 2)
+        leaving = [asking(server, stream=stream) for _ in range(3)]
+        until(lambda: len(server.worker._waiting) == 2)
         held.gate.release(3)
         until(lambda: held.n == 3)
         for connection in leaving:
@@ -213,6 +210,34 @@ def test_a_client_that_leaves_stops_its_answer_and_what_it_had_waiting_never_beg
         held.gate.release(1000)
         assert answer(server, max_tokens=2)
         assert held.n <= 3 + 1 + 2
+
+
+def test_who_has_left_while_waiting_holds_no_place():
+    held = Held()
+    with serving(load=held.load, n_waiting=1) as server:
+        answered = asking(server)
+        held.gate.release(1)
+        until(lambda: held.n == 1)
+        leaving = asking(server)
+        until(lambda: len(server.worker._waiting) == 1)
+        assert ask(server)[0] == 429
+        leaving.close()
+        until(lambda: server._free._value == server.limits.connections - 1)
+        with ThreadPoolExecutor(1) as pool:
+            status = pool.submit(lambda: ask(server)[0])
+            until(lambda: status.done() or any(not job.cancelled.is_set() for job in server.worker._waiting))
+            held.gate.release(1000)
+            assert status.result() == 200
+        answered.close()
+
+
+def asking(server, **changes) -> socket.socket:
+    """A connection over which an answer of 100 tokens is on its way."""
+    body = json.dumps(CHAT | {"max_tokens": 100} | changes).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection = socket.create_connection(server.server_address)
+    connection.sendall(head.encode() + body)
+    return connection
 
 
 def test_a_client_that_reads_nothing_does_not_hold_up_the_others():
@@ -229,16 +254,18 @@ def test_a_client_that_reads_nothing_does_not_hold_up_the_others():
         stuck.close()
 
 
-def test_a_model_that_fails_fails_one_request_and_tells_no_paths():
+@pytest.mark.parametrize(("error", "status"), [(OSError, 500), (UserError, 503)])
+def test_a_model_that_fails_fails_one_request_and_tells_paths_to_the_log_alone(error, status, capsys):
     def load(path: Path, step=None):
         if path.name == "4":
-            raise OSError("/secret/path")
+            raise error("/secret/path")
         return load_little(path)
 
     with serving(load=load) as server:
-        status, _, content = ask(server, CHAT | {"model": "little/other"})
-        assert status == 500 and b"secret" not in content
+        answered, _, content = ask(server, CHAT | {"model": "little/other"})
+        assert answered == status and b"secret" not in content
         assert answer(server)
+    assert "/secret/path" in capsys.readouterr().out
 
 
 def test_the_client_library_of_openai_talks_to_it(server):
