@@ -163,7 +163,7 @@ def from_config_json(config: dict, where: str) -> ModelConfig:
     if name not in FAMILIES:
         raise Inexpressible(f"{where}: model_type is {name!r}, but only {', '.join(FAMILIES)} can be imported.")
     family = FAMILIES[name]
-    if "quantization_config" in config:
+    if config.get("quantization_config"):
         raise Inexpressible(f"{where}: has a quantization_config. Import the checkpoint that it was quantized from.")
     for key, value in family.constants.items():
         if config.get(key, value) != value:
