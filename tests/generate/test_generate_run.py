@@ -137,6 +137,15 @@ def test_nonstop_keeps_in_its_output_what_ctrl_c_interrupts(run, tmp_path):
     assert kept.startswith(b"once") and len(kept) > 50 and kept in seen
 
 
+def test_a_reader_that_has_gone_and_a_terminal_without_a_letter_get_no_traceback(run):
+    words = [sys.executable, LAUNCH, run, "--prompt", "é", "--device", "cpu", "--nonstop"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    while b"?" not in process.stdout.readline():
+        pass
+    process.stdout.close()
+    assert process.wait(60) == -signal.SIGPIPE and process.stderr.read() == b""
+
+
 @pytest.mark.parametrize(("script", "words", "asked"), [("generate.py", ["--interactive"], "text> "), ("chat.py", [], "you> ")])
 def test_a_key_that_is_no_utf8_does_not_end_a_session(run, script, words, asked):
     words = [sys.executable, LAUNCH.with_name(script), run, *words, "--max-tokens", "2", "--device", "cpu"]
