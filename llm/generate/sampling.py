@@ -33,8 +33,8 @@ class Sampling:
             raise UserError(f"top-p is {self.top_p}, but should be a probability above 0 and up to 1; leave it out to keep all.")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise UserError(f"min-p is {self.min_p}, but should be from 0 to 1; 0.05 is common, leave it out to keep all.")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise UserError(f"repetition-penalty is {self.repetition_penalty}, but should be above 0; 1 changes nothing, 1.1 is common.")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise UserError(f"repetition-penalty is {self.repetition_penalty}, but should be from 0.01 to 100; 1 changes nothing, 1.1 is common.")
 
     @property
     def is_greedy(self) -> bool:

@@ -43,6 +43,7 @@ def test_top_p_keeps_the_fewest_that_reach_it(top_p, kept):
 @pytest.mark.parametrize(("wrong", "named"), [
     ({"temperature": -1}, "temperature is -1"), ({"temperature": float("nan")}, "temperature is nan"),
     ({"top_k": 0}, "top-k is 0"), ({"top_p": 0}, "top-p is 0"), ({"top_p": 1.5}, "top-p is 1.5"),
+    ({"repetition_penalty": 1e-45}, "repetition-penalty is 1e-45"),
 ])  # fmt: skip
 def test_a_setting_out_of_range_is_refused_with_its_value(wrong, named):
     with pytest.raises(UserError, match=named):
