@@ -28,6 +28,7 @@ def main() -> None:
 def export(run: str | Path, out: Path, step: int | None = None, dtype: str = "fp32", shard_bytes: int = 5 * 10**9) -> None:
     """Raises UserError; then there is nothing at `out`."""
     import torch
+    from safetensors import SafetensorError
 
     from llm.checkpoint.resume import open_checkpoint
     from llm.config import ModelConfig
@@ -57,7 +58,7 @@ def export(run: str | Path, out: Path, step: int | None = None, dtype: str = "fp
             for _ in write_tensors(temporary, cfg, config["model_type"], checkpoint.reader.read_full, torch_dtype, shard_bytes):
                 bar.advance(1)
         temporary.rename(out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter for a disk that is full, too
         raise UserError(f"{out}: cannot be written ({error}).") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)

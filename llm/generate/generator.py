@@ -37,12 +37,13 @@ def generate_rows(
 
     All rows stand at one position: those with longer prompts are still being read when others are written already, so that no row
     needs padding or a mask, and each gets what it would get alone. Row r draws from seed + r.
-    Of a prompt longer than the context the end is used. Text longer than the context goes on from its last half.
+    Of a prompt longer than the context the end is used, behind one of no tokens a text begins as in training, with an end-of-text. Text longer
+    than the context goes on from its last half.
     """
     seq_len = model.cfg.seq_len
     seeds = [(seed + row) % 2**63 for row in range(len(prompts))]
     generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU, for the same draws on every device
-    rows = [[int(i) for i in prompt][-seq_len:] for prompt in prompts]
+    rows = [[int(i) for i in prompt][-seq_len:] or [tokenizer.eos_id] for prompt in prompts]
     ends = [len(row) + max_tokens for row in rows]
     cache = KVCache(model.cfg, len(prompts), model.device, model.dtype, room=min(seq_len, max(ends)))
     unfinished = list(range(len(rows))) if max_tokens > 0 else []

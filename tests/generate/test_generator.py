@@ -48,6 +48,11 @@ def test_a_prompt_longer_than_the_context_is_cut_from_the_left(tokenizer):
     assert continued(model, tokenizer, range(40), 5) == continued(model, tokenizer, range(24, 40), 5)
 
 
+def test_a_prompt_of_no_tokens_is_where_a_text_begins(tokenizer):
+    model = little_model(tokenizer)
+    assert continued(model, tokenizer, [], 5) == continued(model, tokenizer, [tokenizer.eos_id], 5)
+
+
 def test_the_seed_decides_the_text(tokenizer):
     model, sampling = little_model(tokenizer), Sampling(temperature=1.0)
     first = continued(model, tokenizer, [1], 30, sampling, seed=5)
