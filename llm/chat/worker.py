@@ -63,7 +63,7 @@ class Worker:
         """Raises Busy."""
         with self._changed:
             self._waiting = [other for other in self._waiting if not other.cancelled.is_set()]  # who has left holds no place
-            if len(self._waiting) >= self._n_waiting:
+            if self._is_closed.is_set() or len(self._waiting) >= self._n_waiting:
                 raise Busy
             self._waiting.append(job)
             self._changed.notify()

@@ -232,6 +232,22 @@ def test_who_has_left_while_waiting_holds_no_place():
         answered.close()
 
 
+def test_when_the_server_stops_who_waits_is_told_and_nobody_begins_to_wait():
+    held = Held()
+    with serving(load=held.load) as server, ThreadPoolExecutor(2) as pool:
+        answered = asking(server)
+        held.gate.release(1)
+        until(lambda: held.n == 1)
+        waiting = pool.submit(lambda: ask(server)[0])
+        until(lambda: server.worker._waiting)
+        closing = pool.submit(server.worker.close)
+        until(server.worker._is_closed.is_set)
+        held.gate.release(1000)
+        closing.result()
+        assert waiting.result() == 503 and ask(server)[0] == 429 and held.n <= 3
+        answered.close()
+
+
 def asking(server, **changes) -> socket.socket:
     """A connection over which an answer of 100 tokens is on its way."""
     body = json.dumps(CHAT | {"max_tokens": 100} | changes).encode()
