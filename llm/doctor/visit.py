@@ -26,15 +26,12 @@ def _by_itself(subject: Subject) -> Iterator[Line]:
     yield from alone(subject, cache(lambda: dist.pick_device(_wanted(subject), World())))
     if not subject.wants_ranks:
         return
-    with peers.started(max(2, _gpus(subject))) as others:  # only now: while they load torch, nothing else can be measured
-        try:
-            world = others.join()
-        except Exception as error:  # torch's own classes and RuntimeError
-            advice = "Without ranks that meet here, several GPUs or machines cannot train together either."
-            yield Line("ranks", FAIL, str(error) if isinstance(error, UserError) else first_words(str(error)), advice)
-            return
-        yield from together(subject, _on_a_device(subject, world))
-        dist.stop(world)
+    try:
+        with peers.joined(max(2, _gpus(subject))) as world:  # only now: while they load torch, nothing else can be measured
+            yield from together(subject, _on_a_device(subject, world))
+    except Exception as error:  # torch's own classes and RuntimeError
+        advice = "Without ranks that meet here, several GPUs or machines cannot train together either."
+        yield Line("ranks", FAIL, str(error) if isinstance(error, UserError) else first_words(str(error)), advice)
 
 
 def _as_peer(subject: Subject, place: str) -> Iterator[Line]:
