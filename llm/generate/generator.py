@@ -13,14 +13,6 @@ from llm.model.transformer import Transformer
 from llm.tokenizer.protocol import Tokenizer
 
 
-def generate_ids(
-    model: Transformer, tokenizer: Tokenizer, prompt: Sequence[int], *, max_tokens: int, sampling: Sampling, seed: int, stop_ids: Collection[int] = ()
-) -> Iterator[int]:
-    """Yield up to `max_tokens` ids that continue `prompt`: `generate_rows` for a single one."""
-    rows = generate_rows(model, tokenizer, [prompt], max_tokens=max_tokens, sampling=sampling, seed=seed, stop_ids=stop_ids)
-    return (token for _, token in rows)
-
-
 @torch.inference_mode()
 def generate_rows(
     model: Transformer,
@@ -71,7 +63,7 @@ def generate_rows(
 class Writing:
     """The text that continues `prompt`, in pieces as they are made. Afterwards `n_tokens` and `finish_reason` tell how it went.
 
-    `is_cancelled` is asked after each token; the other options are those of `generate_ids`.
+    `is_cancelled` is asked after each token; the other options are those of `generate_rows`.
     """
 
     def __init__(
@@ -87,13 +79,13 @@ class Writing:
     ):
         self.n_prompt, self.n_tokens, self.finish_reason = len(prompt), 0, "stop"
         self._max_tokens, self._stop, self._is_cancelled = max_tokens, stop, is_cancelled
-        self._tokenizer, self._ids = tokenizer, generate_ids(model, tokenizer, prompt, max_tokens=max_tokens, **how)
+        self._tokenizer, self._rows = tokenizer, generate_rows(model, tokenizer, [prompt], max_tokens=max_tokens, **how)
 
     def __iter__(self) -> Iterator[str]:
         return until_stop(stream_text(self._tokenizer, self._counted()), self._stop)
 
     def _counted(self) -> Iterator[int]:
-        for token in self._ids:
+        for _, token in self._rows:
             self.n_tokens += 1
             yield token
             if self._is_cancelled():

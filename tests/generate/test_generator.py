@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llm.config import ModelConfig
-from llm.generate.generator import generate_ids, prompt_ids, stream_text
+from llm.generate.generator import generate_rows, prompt_ids, stream_text
 from llm.generate.sampling import Sampling
 from llm.model.init import build_model
 from llm.tokenizer.train import train_bpe
@@ -20,8 +20,9 @@ def little_model(tokenizer, seq_len: int = 16):
     return build_model(cfg.with_vocab(tokenizer.vocab_size), 1).eval()
 
 
-def continued(model, tokenizer, prompt, n, sampling=GREEDY, seed=1):
-    return list(generate_ids(model, tokenizer, prompt, max_tokens=n, sampling=sampling, seed=seed))
+def continued(model, tokenizer, prompt, n, sampling=GREEDY, seed=1, stop_ids=()):
+    rows = generate_rows(model, tokenizer, [prompt], max_tokens=n, sampling=sampling, seed=seed, stop_ids=stop_ids)
+    return [token for _, token in rows]
 
 
 @torch.no_grad()
@@ -91,7 +92,7 @@ class _EndsAt:
 def test_a_stop_token_ends_it_too(tokenizer):
     model, prompt = little_model(tokenizer), [1, 2, 3]
     greedy = continued(model, tokenizer, prompt, 8)
-    stopped = list(generate_ids(model, tokenizer, prompt, max_tokens=8, sampling=GREEDY, seed=1, stop_ids=(greedy[5],)))
+    stopped = continued(model, tokenizer, prompt, 8, stop_ids=(greedy[5],))
     assert stopped == greedy[: greedy.index(greedy[5])]
 
 
