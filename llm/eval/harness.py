@@ -134,8 +134,9 @@ def _load(manager: TaskManager, name: str, files: dict[str, Path], folder: Path)
     path.write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
     try:
         (loaded,) = manager.load(str(path))["tasks"].values()
-    except KeyError as error:
-        raise UserError(f"{name}: needs a split {error}, but there are {', '.join(map(str, files.values()))}. Put its file beside them.") from None
+    except Exception as error:  # datasets', jinja2's or a KeyError of the task's own code: it is the files that do not fit
+        what = f"needs a split or field {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error.__cause__ or error}"
+        raise UserError(f"{name}: {what}, but there are {', '.join(map(str, files.values()))}. docs/evaluate.md tells how they should be.") from None
     return loaded
 
 
