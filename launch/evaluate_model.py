@@ -8,7 +8,6 @@ Tasks: mmlu, perplexity, and those of lm-evaluation-harness (extra `eval`). Noth
 Results go to RUN/evaluations/CHECKPOINT as JSON and to the run's TensorBoard (or both to --out), and to the terminal as tables.
 """
 
-import tempfile
 from pathlib import Path
 
 from llm import cli
@@ -40,7 +39,11 @@ def main() -> None:
     from llm.generate.load import DTYPES, choose_device, load_run
 
     subjects = read_subjects(args.mmlu, args.subjects.split(",") if args.subjects else None, args.shots or 0) if "mmlu" in tasks else []
-    task_files = _harness().find_data(args.task_data, others) if others else {}
+    task_files = {}
+    if others:
+        from llm.eval import harness
+
+        task_files = harness.find_data(args.task_data, others)
     device = choose_device(args.device)
     model, tokenizer, checkpoint = load_run(args.run, args.step, device=device, dtype=DTYPES[args.dtype], packed=True)
     manifest = checkpoint.manifest
@@ -67,7 +70,6 @@ def _arguments():
     parser.add_argument("--shots", type=int, metavar="N", help="examples before each question (mmlu: 0; others: what the task says)")
     parser.add_argument("--mmlu", type=Path, default=Path("data/raw/mmlu"), metavar="FOLDER", help="dev/*_dev.csv and test/*_test.csv (%(default)s)")
     parser.add_argument("--subjects", metavar="A,B,...", help="of MMLU, these only")
-    parser.add_argument("--beside-harness", action="store_true", help="mmlu a second time, by lm-evaluation-harness, question by question")
     parser.add_argument("--text", type=Path, nargs="+", metavar="PATH", help="for perplexity: text in any format, dataset folders, or .bin shards")
     parser.add_argument("--stride", type=int, metavar="N", help="tokens that each window of text adds; the rest is context (half of seq_len)")
     parser.add_argument("--rows", type=int, metavar="N", help="of shards, N windows spread over all, as train.eval_rows in training (all)")
@@ -104,8 +106,6 @@ def _mmlu(args, model, tokenizer, subjects, results, identity: list) -> None:
     lines += [(name, "", values) for name, values in totals.items()]
     print_table([task, "", "accuracy", "±", "questions"], [[n, c, f"{v['acc']:.2%}", f"{v['stderr']:.2%}", f"{v['n']:,}"] for n, c, v in lines])
     results.add(task, flat(totals))
-    if args.beside_harness:
-        _beside_harness(model, tokenizer, subjects, shots, correct)
 
 
 def _tell_short(found: dict[str, dict], seq_len: int) -> None:
@@ -117,42 +117,31 @@ def _tell_short(found: dict[str, dict], seq_len: int) -> None:
         log.warning(f"{cut:,} of {n:,} questions are longer than {seq_len:,} tokens by themselves: only their ends were read")
 
 
-def _beside_harness(model, tokenizer, subjects, shots: int, correct: dict[str, list[int]]) -> None:
-    from llm.eval.results import print_table
-
-    harness = _harness()
-    with tempfile.TemporaryDirectory() as folder:
-        found = harness.run_tasks(harness.HarnessModel(model, tokenizer), harness.write_mmlu(subjects, Path(folder)), shots)
-    rows = []
-    for name, ours in correct.items():
-        theirs = [int(sample["acc"]) for sample in sorted(found["samples"][f"mmlu_{name}"], key=lambda sample: sample["doc_id"])]
-        same = sum(a == b for a, b in zip(ours, theirs, strict=True))
-        rows.append([name, f"{sum(ours):,}", f"{sum(theirs):,}", f"{same:,} of {len(ours):,}"])
-    print_table(["right answers", "ours", "harness", "same"], rows)
-
-
 def _perplexity(args, model, tokenizer, checkpoint, results) -> None:
     from llm.corpus.conversations import kept_template
     from llm.corpus.options import read_options
+    from llm.corpus.read_all import read_all
     from llm.eval import perplexity
     from llm.eval.results import print_table
 
     options = read_options(args, kept_template(checkpoint.folder))
-    shards = [path for path in args.text if perplexity.is_shards(path)]
-    texts = [path for path in args.text if path not in shards]
     cut = {key: value for key, value in checkpoint.manifest.config.get("data", {}).items() if key in ("document_mask", "packing")}
-    found = {str(path): perplexity.of_shards(model, tokenizer, [path], args.rows, **cut) for path in shards}
-    found |= {str(path): perplexity.of_files(model, tokenizer, [path], options, args.stride) for path in texts}
-    rows = [[name, f"{v['loss']:.4f}", f"{v['perplexity']:,.2f}", f"{v['bits_per_byte']:.4f}"] for name, v in found.items()]
+    rows = []
+    for path in args.text:
+        if perplexity.is_shards(path):
+            found = perplexity.of_shards(model, tokenizer, [path], args.rows, **cut)
+        else:
+            documents = (document.text for document in read_all([str(path)], options))
+            found = perplexity.of_text(model, tokenizer, documents, args.stride)
+        results.add(f"perplexity/{path}", found)
+        rows.append([str(path), f"{found['loss']:.4f}", f"{found['perplexity']:,.2f}", f"{found['bits_per_byte']:.4f}"])
     print_table(["perplexity", "loss", "perplexity", "bits per byte"], rows)
-    for name, values in found.items():
-        results.add(f"perplexity/{name}", values)
 
 
 def _others(model, tokenizer, task_files, shots: int | None, results) -> None:
+    from llm.eval import harness
     from llm.eval.results import print_table
 
-    harness = _harness()
     found = harness.run_tasks(harness.HarnessModel(model, tokenizer), task_files, shots)
     rows = []
     for task in task_files:
@@ -160,12 +149,6 @@ def _others(model, tokenizer, task_files, shots: int | None, results) -> None:
         results.add(task, {f"{name}{suffix}": value for name, pair in metrics.items() for value, suffix in zip(pair, ("", "_stderr"), strict=True)})
         rows += [[task, name, f"{value:.2%}", f"{stderr:.2%}"] for name, (value, stderr) in metrics.items()]
     print_table(["task", "metric", "value", "±"], rows)
-
-
-def _harness():
-    from llm.eval import harness
-
-    return harness
 
 
 if __name__ == "__main__":

@@ -1,9 +1,11 @@
 """Continue a text with a trained model:  python launch/generate.py checkpoints/toy --prompt "def main(" """
 
 import json
+import signal
 import sys
 import time
 from contextlib import suppress
+from itertools import chain
 from pathlib import Path
 
 from llm import cli, durable
@@ -24,6 +26,8 @@ def main() -> None:
     if args.output and not args.output.parent.is_dir():
         raise UserError(f"--output {args.output}: there is no folder {args.output.parent}. Make it first.")
     texts = prompts(args)
+    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends quietly where its reader has gone, as `head` goes
+    sys.stdout.reconfigure(errors="replace")  # a terminal may lack letters that a model has
 
     import torch  # only now: --help and a mistyped flag answer at once
 
@@ -72,8 +76,9 @@ def prompts(args) -> list[str]:
     path = args.prompts or args.prompt_file
     try:
         text = path.read_text(encoding="utf-8") if path else sys.stdin.read() if args.prompt == "-" else args.prompt
-        lines = [line for line in text.split("\n") if line.strip()] if args.prompts else [text]  # JSON strings may hold other line breaks
+        lines = [line for line in text.split("\n") if line.strip()] if args.prompts else [text]  # splitlines also cuts at characters of a text
         texts = [_text_of(json.loads(line)) for line in lines] if args.prompts and path.suffix == ".jsonl" else lines
+        "".join(texts).encode()  # half a character, which JSON and a command line may hold, is a ValueError
     except (OSError, ValueError) as error:
         raise UserError(f"{path or '--prompt'}: cannot be read as a prompt ({error}).") from None
     if not texts or not all(texts):
@@ -99,46 +104,45 @@ def encoded(args, model, tokenizer, text: str):
 
 def write_on(args, model, tokenizer, text: str, seed: int, options: dict) -> None:
     """One text on the screen, or with --nonstop one after another."""
-    whole = ""
+    shown: list[str] = []
     try:
         while True:
-            whole += text + show(args, model, tokenizer, text, seed, options)
+            show(args, model, tokenizer, text, seed, options, shown)
             if not args.nonstop:
                 break
-            seed, whole = seed + 1, whole + "\n\n"
+            seed += 1
+            shown.append("\n\n")
             print()
     except KeyboardInterrupt:
         if not args.nonstop:
             raise
         print()
     if args.output:
-        save(args.output, whole)
+        save(args.output, "".join(shown))
 
 
-def show(args, model, tokenizer, text: str, seed: int, options: dict) -> str:
-    """Print prompt and continuation as it comes, and give back the continuation."""
-    from llm.generate.generator import Writing, visible
+def show(args, model, tokenizer, text: str, seed: int, options: dict, shown: list[str]) -> None:
+    """Print prompt and continuation as it comes; `shown` has all of it, also when Ctrl-C ends it."""
+    from llm.generate.generator import Writing
 
-    writing, started_at, written = Writing(model, tokenizer, encoded(args, model, tokenizer, text), seed=seed, **options), time.monotonic(), ""
-    as_shown = visible if sys.stdout.isatty() else str
-    print(as_shown(text), end="", flush=True)
-    for piece in writing:
-        written += piece
+    writing, started_at = Writing(model, tokenizer, encoded(args, model, tokenizer, text), seed=seed, **options), time.monotonic()
+    for piece in chain([text], writing):
+        shown.append(piece)
         print(as_shown(piece), end="", flush=True)
     print()
     tell_speed(writing.n_tokens, time.monotonic() - started_at, f", ended by {writing.finish_reason}")
-    return written
 
 
 def interact(args, model, tokenizer, seed: int, options: dict) -> None:
     with suppress(ImportError):
         import readline  # noqa: F401 - input() then has history and editing
+    sys.stdin.reconfigure(errors="replace")  # a key that is no UTF-8 is not the end of it
 
     while True:
         try:
             text = input("text> ")
             if text:
-                show(args, model, tokenizer, text, seed, options)
+                show(args, model, tokenizer, text, seed, options, [])
         except EOFError:
             return print()
         except KeyboardInterrupt:
@@ -167,7 +171,13 @@ def write_batches(args, model, tokenizer, texts: list[str], seed: int, options: 
         save(args.output, "".join(json.dumps({"prompt": t, "text": written[i]}, ensure_ascii=False) + "\n" for i, t in enumerate(texts)))
         return
     for i, text in enumerate(texts):
-        print(f"--- {i + 1}\n{text}{written[i]}")
+        print(f"--- {i + 1}\n{as_shown(text + written[i])}")
+
+
+def as_shown(text: str) -> str:
+    from llm.generate.generator import visible
+
+    return visible(text) if sys.stdout.isatty() else text
 
 
 def tell_speed(n_tokens: int, seconds: float, more: str = "") -> None:

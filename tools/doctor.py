@@ -39,7 +39,7 @@ def main() -> int:
         out = os.fdopen(os.dup(1), "w")
         os.dup2(2, 1)
     lines = []
-    for line in visit(Subject(cfg, folder, names), args.ranks, args.peer):
+    for line in visit(Subject(cfg, folder, names), args.peer):
         lines.append(line)
         if not args.json:
             (log.info if line.status == "ok" else result)(_text(line))
@@ -62,7 +62,6 @@ def _arguments():
     parser = cli.parser(__doc__)
     parser.add_config()
     parser.add_argument("--folder", metavar="DIR", help="where checkpoints will go (default: the config's run, or checkpoints)")
-    parser.add_argument("--ranks", type=int, metavar="N", help="start so many ranks here instead")
     parser.add_argument("--only", metavar="NAME,...", help="look at these only: the names of the lines")
     parser.add_argument("--json", action="store_true", help="a list of lines as JSON: name, status, found, advice, host")
     parser.add_argument("--peer", help="given to the ranks that it starts itself; not to be used")

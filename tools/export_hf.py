@@ -22,14 +22,13 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("fp32", "bf16", "fp16"), default="fp32", help="of the weights (%(default)s: exactly those trained)")
     parser.add_argument("--shard-bytes", type=cli.amount, default=5 * 10**9, metavar="N", help="at most so much in one file (5G)")
     args = parser.parse_args()
-    if not Path(args.run).is_dir():
-        raise UserError(f"{args.run}: no such run. Give the folder of a run, such as checkpoints/toy, or of one of its checkpoints.")
     export(args.run, args.out, args.step, args.dtype, args.shard_bytes)
 
 
 def export(run: str | Path, out: Path, step: int | None = None, dtype: str = "fp32", shard_bytes: int = 5 * 10**9) -> None:
     """Raises UserError; then there is nothing at `out`."""
     import torch
+    from safetensors import SafetensorError
 
     from llm.checkpoint.resume import open_checkpoint
     from llm.config import ModelConfig
@@ -59,7 +58,7 @@ def export(run: str | Path, out: Path, step: int | None = None, dtype: str = "fp
             for _ in write_tensors(temporary, cfg, config["model_type"], checkpoint.reader.read_full, torch_dtype, shard_bytes):
                 bar.advance(1)
         temporary.rename(out)
-    except OSError as error:
+    except (OSError, SafetensorError) as error:  # the latter for a disk that is full, too
         raise UserError(f"{out}: cannot be written ({error}).") from None
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
@@ -76,12 +75,14 @@ def chat_template(checkpoint: Path, tokenizer):
 
 
 def write_generation_config(tokenizer, template, vocab_size: int, path: Path) -> None:
-    """What the model was imported with, if it was, else greedy decoding up to the end of a text or turn; never an id without a token."""
+    """What the model was imported with, if it was, else greedy decoding. It ends with a text or a turn, and takes no id without a token."""
     from llm.chat.prompt import stop_ids
 
-    ends = sorted({tokenizer.eos_id} | (stop_ids(template, tokenizer) if template else set()))
-    ours = {"bos_token_id": tokenizer.eos_id, "eos_token_id": ends, "pad_token_id": tokenizer.pad_id}
+    ours = {"bos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     config = json.loads(path.read_text(encoding="utf-8")) if path.exists() else ours
+    theirs = config.get("eos_token_id") or []
+    ends = {tokenizer.eos_id, *(theirs if isinstance(theirs, list) else [theirs])} | (stop_ids(template, tokenizer) if template else set())
+    config["eos_token_id"] = sorted(ends)  # a fine-tuned model's turns end with tokens that its base never wrote
     padding = list(range(tokenizer.vocab_size, vocab_size))  # columns that are there for the matmul's sake
     config |= {"suppress_tokens": padding} if padding else {}
     path.write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")

@@ -211,7 +211,7 @@ class Handler(BaseHTTPRequestHandler):
         how = dict(
             max_tokens=min(request.max_completion_tokens or request.max_tokens or limits.max_tokens, limits.max_tokens),
             sampling=request.sampling(self.server.sampling),
-            seed=secrets.randbits(32) if request.seed is None else request.seed % 2**62,
+            seed=secrets.randbits(32) if request.seed is None else request.seed,
             stop=request.stops(),
             is_cancelled=is_cancelled,
         )

@@ -1,5 +1,6 @@
 """A chat at the keyboard."""
 
+import os
 import signal
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
@@ -88,10 +89,10 @@ def _command(session: Session, own_files: set[Path], line: str) -> str:
 def _file(session: Session, own_files: set[Path], name: str, rest: str) -> str:
     if not rest:
         raise UserError(f"{name} needs a file: {name} chat.json")
-    path = Path(rest).expanduser()
+    path = Path(os.path.expanduser(rest))  # Path's own raises where there is no such user, its exists() where the name is too long
     if name == "/load":
         session.load(path)
-    elif path.exists() and path not in own_files:
+    elif os.path.exists(path) and path not in own_files:
         raise UserError(f"{path}: is there already, and not of this chat. Give another name.")
     else:
         session.save(path)

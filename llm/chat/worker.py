@@ -1,11 +1,12 @@
 """One model and one thread that writes with it, one request after another; a bounded queue of those that wait."""
 
-import queue
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
+from queue import SimpleQueue
 
+from llm.chat.prompt import PromptError
 from llm.chat.session import Assistant
 from llm.checkpoint import folder
 from llm.checkpoint.manifest import NAME
@@ -23,7 +24,7 @@ class Job:
 
     model: str
     begin: Callable[[Assistant, Callable[[], bool]], Writing]
-    events: queue.SimpleQueue = field(default_factory=queue.SimpleQueue)
+    events: SimpleQueue = field(default_factory=SimpleQueue)
     """Pieces of text (no more of them than tokens were asked for), then the Writing or the exception that ended it."""
     cancelled: threading.Event = field(default_factory=threading.Event)
 
@@ -50,40 +51,42 @@ class Worker:
     def __init__(self, choices: dict[str, tuple[Path, int | None]], load: Callable[[Path, int | None], Assistant], n_waiting: int):
         if n_waiting < 1:
             raise UserError(f"--queue is {n_waiting}, but should be at least 1.")
-        self.choices, self._load = choices, load
-        self._waiting: queue.Queue[Job | None] = queue.Queue(n_waiting)
+        self.choices, self._load, self._n_waiting = choices, load, n_waiting
         self._name, self._assistant = "", None
         self.seq_len = self._chosen(next(iter(choices))).model.cfg.seq_len
-        self._is_closed = threading.Event()
+        self._waiting: list[Job] = []
+        self._changed, self._is_closed = threading.Condition(), threading.Event()
         self._thread = threading.Thread(target=self._work, name="writing", daemon=True)
         self._thread.start()
 
     def submit(self, job: Job) -> None:
         """Raises Busy."""
-        try:
-            self._waiting.put_nowait(job)
-        except queue.Full:
-            raise Busy from None
+        with self._changed:
+            self._waiting = [other for other in self._waiting if not other.cancelled.is_set()]  # who has left holds no place
+            if self._is_closed.is_set() or len(self._waiting) >= self._n_waiting:
+                raise Busy
+            self._waiting.append(job)
+            self._changed.notify()
 
     def close(self) -> None:
         """End the thread, in the middle of an answer if need be; who waits is told."""
-        self._is_closed.set()
-        for job in self._drained():
-            job.events.put(UserError("the server is stopping"))
-        self._waiting.put(None)
+        with self._changed:
+            self._is_closed.set()
+            self._changed.notify()
         self._thread.join()
 
-    def _drained(self) -> Iterator[Job]:
-        while True:
-            try:
-                yield self._waiting.get_nowait()
-            except queue.Empty:
-                return
-
     def _work(self) -> None:
-        while (job := self._waiting.get()) is not None:
+        while job := self._next():
             if not job.cancelled.is_set():
                 job.events.put(self._write(job))
+        for job in self._waiting:
+            job.events.put(UserError("the server is stopping"))
+
+    def _next(self) -> Job | None:
+        """The job that has waited longest; None at the end."""
+        with self._changed:
+            self._changed.wait_for(lambda: self._waiting or self._is_closed.is_set())
+            return None if self._is_closed.is_set() else self._waiting.pop(0)
 
     def _write(self, job: Job) -> Writing | Exception:
         try:
@@ -93,7 +96,7 @@ class Worker:
                 job.events.put(piece)
             return writing
         except Exception as error:  # whatever one request meets, the next is answered
-            if not isinstance(error, UserError):
+            if not isinstance(error, PromptError):
                 log.error(f"a request failed: {type(error).__name__}: {error}")
             return error
 

@@ -13,7 +13,7 @@ from llm.doctor.line import FAIL, OK, Line, examined, first_words
 ALONE = (
     "python", "torch", "gpu", "attention", "deepspeed", "compiler", "shared-memory", "open-files", "run-folder", "free-space", "loader",
 )  # fmt: skip
-TOGETHER = ("ranks", "matmul", "all-reduce", "clocks", "shared-folder", "zero")
+TOGETHER = ("ranks", "matmul", "all-reduce", "shared-folder", "zero")
 ANY_MODEL = ModelConfig(n_layers=1, d_model=512, n_heads=8, d_ff=1024, seq_len=1024)
 
 
@@ -61,7 +61,6 @@ def together(subject: Subject, world: World) -> Iterator[Line]:
         "ranks": lambda: ranks.ranks(world),
         "matmul": lambda: ranks.matmul(world),
         "all-reduce": lambda: ranks.all_reduce(world),
-        "clocks": lambda: ranks.clocks(world),
         "shared-folder": lambda: disk.shared(subject.folder, world),
         "zero": lambda: ranks.zero(world, subject.cfg),
     }

@@ -1,4 +1,4 @@
-"""What several ranks find out together: same answers, right sums, how fast they talk, whose clock is off. Each call is collective."""
+"""What several ranks find out together: same answers, right sums, how fast they talk. Each call is collective."""
 
 import hashlib
 import socket
@@ -15,7 +15,6 @@ from llm.engine.deepspeed_engine import check_deepspeed
 ROUNDS = 3
 VALUES = {"cpu": 4 << 20, "cuda": 64 << 20}  # of an all-reduce, fp32
 SLOW = {"cpu": 0.1e9, "cuda": 5e9}  # bytes a second of an all-reduce: a gigabit network, PCIe
-SKEW_S = 1.0
 SIZE = 512  # of the matrices
 
 
@@ -75,18 +74,6 @@ def all_reduce(world: World) -> Line:
     slow = rate < SLOW[kind]
     advice = "Check NCCL_SOCKET_IFNAME, GLOO_SOCKET_IFNAME and the links; ZeRO and DDP send each gradient in every step."
     return Line("all-reduce", WARN if slow else OK, f"right sums, {rate / 1e9:,.2f} GB/s for {4 * n / 1e6:,.0f} MB", advice)
-
-
-def clocks(world: World) -> Line:
-    """How far the ranks' clocks are apart at most, the quickest of some tries: what the barrier takes counts as well."""
-    skews = []
-    for _ in range(2 * ROUNDS):
-        world.barrier()
-        times = world.gather(time.time())
-        skews.append(max(times) - min(times))
-    skew = min(skews)
-    advice = "Nothing in a run goes by the clock, but its logs do: start chrony or ntpd."
-    return Line("clocks", WARN if skew > SKEW_S else OK, f"{skew * 1e3:,.1f} ms apart at most", advice)
 
 
 def zero(world: World, cfg: RunConfig | None) -> Line:

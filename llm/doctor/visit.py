@@ -2,6 +2,7 @@
 
 from collections.abc import Iterator
 from functools import cache
+from itertools import chain
 
 from llm import dist
 from llm.dist import World
@@ -11,30 +12,26 @@ from llm.doctor.line import FAIL, Line, first_words
 from llm.log import UserError
 
 
-def visit(subject: Subject, ranks: int | None, place: str | None) -> Iterator[Line]:
-    """The lines as they are found; none on ranks other than 0. `ranks`: how many to start; `place`: of a rank that was started so."""
+def visit(subject: Subject, place: str | None) -> Iterator[Line]:
+    """The lines as they are found; none on ranks other than 0. `place`: of a rank that another visit has started."""
     if place:
         yield from _as_peer(subject, place)
     elif dist.read_environment()[1] > 1:
         yield from _under_a_launcher(subject)
     else:
-        yield from _by_itself(subject, ranks)
+        yield from _by_itself(subject)
 
 
-def _by_itself(subject: Subject, ranks: int | None) -> Iterator[Line]:
-    n = (ranks or max(2, _gpus(subject))) if subject.wants_ranks else 1
-    with peers.started(n) as others:
-        yield from alone(subject, cache(lambda: dist.pick_device(_wanted(subject), World())))
-        if not subject.wants_ranks:
-            return
-        try:
-            world = others.join()
-        except Exception as error:  # torch's own classes and RuntimeError
-            advice = "Without ranks that meet here, several GPUs or machines cannot train together either."
-            yield Line("ranks", FAIL, str(error) if isinstance(error, UserError) else first_words(str(error)), advice)
-            return
-        yield from together(subject, _on_a_device(subject, world))
-        dist.stop(world)
+def _by_itself(subject: Subject) -> Iterator[Line]:
+    yield from alone(subject, cache(lambda: dist.pick_device(_wanted(subject), World())))
+    if not subject.wants_ranks:
+        return
+    try:
+        with peers.joined(max(2, _gpus(subject))) as world:  # only now: while they load torch, nothing else can be measured
+            yield from together(subject, _on_a_device(subject, world))
+    except Exception as error:  # torch's own classes and RuntimeError
+        advice = "Without ranks that meet here, several GPUs or machines cannot train together either."
+        yield Line("ranks", FAIL, str(error) if isinstance(error, UserError) else first_words(str(error)), advice)
 
 
 def _as_peer(subject: Subject, place: str) -> Iterator[Line]:
@@ -49,16 +46,9 @@ def _under_a_launcher(subject: Subject) -> Iterator[Line]:
     with dist.joined() as world:
         device = world.together(lambda: dist.pick_device(_wanted(subject), world))
         own = list(alone(subject, lambda: device)) if world.local_rank == 0 else []
-        for line in (*(own if world.rank == 0 else ()), *of_other_hosts(own, world)):
-            yield from _on_rank_0(line, world)
-        for line in together(subject, world.on(device)):
-            yield from _on_rank_0(line, world)
+        lines = chain(own if world.rank == 0 else (), of_other_hosts(own, world), together(subject, world.on(device)))
+        yield from (line for line in lines if world.rank == 0)
         world.barrier()  # a launcher may end the others as soon as rank 0 leaves with its verdict
-
-
-def _on_rank_0(line: Line, world: World) -> Iterator[Line]:
-    if world.rank == 0:
-        yield line
 
 
 def _on_a_device(subject: Subject, world: World) -> World:

@@ -26,7 +26,7 @@ except ImportError as error:
 
 from llm.eval.likelihood import encode_pair, score, windows
 from llm.eval.mmlu import LETTERS, Subject
-from llm.generate.generator import generate_ids
+from llm.generate.generator import Writing
 from llm.generate.sampling import Sampling
 from llm.log import UserError, progress
 from llm.model.transformer import Transformer
@@ -57,24 +57,20 @@ class HarnessModel(LM):
         return totals
 
     def generate_until(self, requests) -> list[str]:
+        texts = []
         with progress(len(requests), "generating", "answers") as bar:
-            return [self._generate(*request.args, bar) for request in requests]
+            for request in requests:
+                texts.append(self._generate(*request.args))
+                bar.advance(1)
+        return texts
 
-    def _generate(self, context: str, wishes: dict, bar) -> str:
+    def _generate(self, context: str, wishes: dict) -> str:
         stops = [wishes["until"]] if isinstance(wishes.get("until"), str) else wishes.get("until") or []
         max_tokens = wishes.get("max_gen_toks", MAX_NEW_TOKENS)
         sampling = Sampling(wishes.get("temperature", 0.0) if wishes.get("do_sample") else 0.0, wishes.get("top_k"), wishes.get("top_p"))
         seq_len = self.model.cfg.seq_len
         ids = self.own_tokenizer.encode(context)[-max(seq_len - max_tokens, seq_len // 2) :]  # room to answer while all of it is in view
-        new_ids, text = [], ""
-        for new_id in generate_ids(self.model, self.own_tokenizer, ids, max_tokens=max_tokens, sampling=sampling, seed=0):
-            new_ids.append(new_id)
-            text = self.own_tokenizer.decode(new_ids)
-            if ends := [at for stop in stops if (at := text.find(stop)) >= 0]:
-                text = text[: min(ends)]
-                break
-        bar.advance(1)
-        return text
+        return "".join(Writing(self.model, self.own_tokenizer, ids, max_tokens=max_tokens, sampling=sampling, seed=0, stop=stops))
 
 
 def run_tasks(lm: LM, task_files: dict[str, dict[str, Path]], shots: int | None = None) -> dict:
@@ -138,8 +134,9 @@ def _load(manager: TaskManager, name: str, files: dict[str, Path], folder: Path)
     path.write_text(json.dumps(task), encoding="utf-8")  # JSON is YAML
     try:
         (loaded,) = manager.load(str(path))["tasks"].values()
-    except KeyError as error:
-        raise UserError(f"{name}: needs a split {error}, but there are {', '.join(map(str, files.values()))}. Put its file beside them.") from None
+    except Exception as error:  # datasets', jinja2's or a KeyError of the task's own code: it is the files that do not fit
+        what = f"needs a split or field {error}" if isinstance(error, KeyError) else f"{type(error).__name__}: {error.__cause__ or error}"
+        raise UserError(f"{name}: {what}, but there are {', '.join(map(str, files.values()))}. docs/evaluate.md tells how they should be.") from None
     return loaded
 
 

@@ -3,6 +3,7 @@
 
 import os.path
 from collections.abc import Callable, Iterator, Sequence
+from itertools import islice
 from typing import NamedTuple
 
 import torch
@@ -117,9 +118,8 @@ def _score_rows(model: Transformer, rows: list[Row], requests: list[tuple[Row, R
     places = [(index[row], len(row) - len(targets) - n_shared + i) for row, targets in requests for i in range(len(targets))]
     row_N, place_N = torch.tensor(places, device=device).T
     targets_N = torch.tensor([target for _, targets in requests for target in targets], device=device)
-    log_probs, hits = _log_probs(model, hidden_BTD[row_N, place_N], targets_N)
-    lengths = [len(targets) for _, targets in requests]
-    return [Score(sum(p), all(h)) for p, h in zip(_split(log_probs, lengths), _split(hits, lengths), strict=True)]
+    log_probs, hits = map(iter, _log_probs(model, hidden_BTD[row_N, place_N], targets_N))
+    return [Score(sum(islice(log_probs, len(targets))), all(list(islice(hits, len(targets))))) for _, targets in requests]
 
 
 def _repeated(model: Transformer, prefix: KVCache, rows: int, more: int) -> KVCache:
@@ -140,10 +140,3 @@ def _log_probs(model: Transformer, hidden_ND: Tensor, targets_N: Tensor) -> tupl
         found += log_probs_NV.gather(1, targets[:, None])[:, 0].tolist()
         hits += (log_probs_NV.argmax(dim=-1) == targets).tolist()
     return found, hits
-
-
-def _split(values: list, lengths: list[int]) -> Iterator[list]:
-    at = 0
-    for length in lengths:
-        yield values[at : at + length]
-        at += length

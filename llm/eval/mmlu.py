@@ -2,6 +2,7 @@
 
 import csv
 import hashlib
+import io
 import math
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -87,7 +88,7 @@ def _read_subject(name: str, examples: Path, test: Path) -> Subject:
 def _parse(content: bytes, path: Path) -> list[Question]:
     questions = []
     try:
-        rows = list(csv.reader(content.decode("utf-8-sig").splitlines(keepends=True), strict=True))
+        rows = list(csv.reader(io.StringIO(content.decode("utf-8-sig"), newline=""), strict=True))
     except (UnicodeDecodeError, csv.Error) as error:
         raise UserError(f"{path}: is not CSV in UTF-8 ({error}). {LAYOUT}") from None
     for number, row in enumerate(rows, 1):

@@ -8,8 +8,6 @@ from types import SimpleNamespace
 
 import torch
 
-from llm.corpus.options import ReadOptions
-from llm.corpus.read_all import read_all
 from llm.data.manifest import FILE_NAME, check_compatible, find_shards
 from llm.data.phase import count_samples
 from llm.data.shards import Shard
@@ -55,12 +53,8 @@ def text_sums(model: Transformer, tokenizer: Tokenizer, texts: Iterable[str], st
 
 def named(nats: float, n_tokens: int, n_bytes: int) -> dict[str, float]:
     """{"loss", "perplexity", "bits_per_byte"} of sums."""
-    return _named(nats / n_tokens, nats / math.log(2) / n_bytes)
-
-
-def of_files(model: Transformer, tokenizer: Tokenizer, paths: list[Path], options: ReadOptions, stride: int | None = None) -> dict[str, float]:
-    """The same of all documents of these files, in any format that tokenizing reads."""
-    return of_text(model, tokenizer, (document.text for document in read_all([str(path) for path in paths], options)), stride)
+    loss = nats / n_tokens
+    return {"loss": loss, "perplexity": _perplexity(loss), "bits_per_byte": nats / math.log(2) / n_bytes}
 
 
 def of_shards(
@@ -78,7 +72,7 @@ def of_shards(
     with progress(min(n_rows, max_rows or n_rows), "reading", "windows") as bar:
         engine = SimpleNamespace(evaluate=lambda batch: _loss_sum(model, batch, bar))
         found = validate(engine, lambda: eval_batches(shards, model.cfg.seq_len, rows, 0, 1, max_rows, document_mask, packing), byte_lengths, World())
-    return _named(found["loss"], found["bits_per_byte"])
+    return found | {"perplexity": _perplexity(found["loss"])}
 
 
 @torch.inference_mode()
@@ -88,6 +82,5 @@ def _loss_sum(model: Transformer, batch: Batch, bar: Progress) -> tuple[float, i
     return loss.item(), int((batch.targets_BT >= 0).sum())
 
 
-def _named(loss: float, bits_per_byte: float) -> dict[str, float]:
-    perplexity = math.exp(loss) if loss < 700 else math.inf  # beyond, a float overflows: a model in training may be as bad as that
-    return {"loss": loss, "perplexity": perplexity, "bits_per_byte": bits_per_byte}
+def _perplexity(loss: float) -> float:
+    return math.exp(loss) if loss < 700 else math.inf  # beyond, a float overflows: a model in training may be as bad as that

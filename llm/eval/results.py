@@ -2,29 +2,37 @@
 
 import hashlib
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from llm import durable
 from llm.log import UserError, log, result
 
 
+@contextmanager
+def _writing(path: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise UserError(f"{path}: cannot be written ({error.strerror}). Results go there: give --out FOLDER.") from None
+
+
 class Results:
     """`folder`/results.json, {task: {metric: value}}, kept from one evaluation of a checkpoint to the next."""
 
     def __init__(self, folder: Path, board: Path, step: int):
-        try:
+        with _writing(folder):
             folder.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise UserError(f"{folder}: cannot be written ({error.strerror}). Results go there: give --out FOLDER.") from None
         self.folder, self._board, self._step = folder, board, step
 
     def add(self, task: str, values: dict[str, float]) -> None:
-        path = self.folder / "results.json"
-        durable.write_text(path, json.dumps(_read(path) | {task: values}, indent=1) + "\n")
         from torch.utils.tensorboard import SummaryWriter
 
-        with SummaryWriter(str(self._board), filename_suffix=".eval") as board:
+        path = self.folder / "results.json"
+        with _writing(path):
+            durable.write_text(path, json.dumps(_read(path) | {task: values}, indent=1) + "\n")
+        with _writing(self._board), SummaryWriter(str(self._board), filename_suffix=".eval") as board:
             for metric, value in values.items():
                 board.add_scalar(f"eval/{task}/{metric}", value, self._step)
 
@@ -43,7 +51,8 @@ class Kept:
         if part and part["key"] == key:
             return part, True
         self._parts[name] = compute() | {"key": key}
-        durable.write_text(self._path, json.dumps(self._parts) + "\n")
+        with _writing(self._path):
+            durable.write_text(self._path, json.dumps(self._parts) + "\n")
         return self._parts[name], False
 
 

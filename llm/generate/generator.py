@@ -13,14 +13,6 @@ from llm.model.transformer import Transformer
 from llm.tokenizer.protocol import Tokenizer
 
 
-def generate_ids(
-    model: Transformer, tokenizer: Tokenizer, prompt: Sequence[int], *, max_tokens: int, sampling: Sampling, seed: int, stop_ids: Collection[int] = ()
-) -> Iterator[int]:
-    """Yield up to `max_tokens` ids that continue `prompt`: `generate_rows` for a single one."""
-    rows = generate_rows(model, tokenizer, [prompt], max_tokens=max_tokens, sampling=sampling, seed=seed, stop_ids=stop_ids)
-    return (token for _, token in rows)
-
-
 @torch.inference_mode()
 def generate_rows(
     model: Transformer,
@@ -37,11 +29,13 @@ def generate_rows(
 
     All rows stand at one position: those with longer prompts are still being read when others are written already, so that no row
     needs padding or a mask, and each gets what it would get alone. Row r draws from seed + r.
-    Of a prompt longer than the context the end is used. Text longer than the context goes on from its last half.
+    Of a prompt longer than the context the end is used, behind one of no tokens a text begins as in training, with an end-of-text. Text longer
+    than the context goes on from its last half.
     """
     seq_len = model.cfg.seq_len
-    generators = [torch.Generator().manual_seed(seed + row) for row in range(len(prompts))]  # on the CPU, for the same draws on every device
-    rows = [[int(i) for i in prompt][-seq_len:] for prompt in prompts]
+    seeds = [(seed + row) % 2**63 for row in range(len(prompts))]
+    generators = [torch.Generator().manual_seed(seed) for seed in seeds]  # on the CPU, for the same draws on every device
+    rows = [[int(i) for i in prompt][-seq_len:] or [tokenizer.eos_id] for prompt in prompts]
     ends = [len(row) + max_tokens for row in rows]
     cache = KVCache(model.cfg, len(prompts), model.device, model.dtype, room=min(seq_len, max(ends)))
     unfinished = list(range(len(rows))) if max_tokens > 0 else []
@@ -69,7 +63,7 @@ def generate_rows(
 class Writing:
     """The text that continues `prompt`, in pieces as they are made. Afterwards `n_tokens` and `finish_reason` tell how it went.
 
-    `is_cancelled` is asked after each token; the other options are those of `generate_ids`.
+    `is_cancelled` is asked after each token; the other options are those of `generate_rows`.
     """
 
     def __init__(
@@ -85,13 +79,13 @@ class Writing:
     ):
         self.n_prompt, self.n_tokens, self.finish_reason = len(prompt), 0, "stop"
         self._max_tokens, self._stop, self._is_cancelled = max_tokens, stop, is_cancelled
-        self._tokenizer, self._ids = tokenizer, generate_ids(model, tokenizer, prompt, max_tokens=max_tokens, **how)
+        self._tokenizer, self._rows = tokenizer, generate_rows(model, tokenizer, [prompt], max_tokens=max_tokens, **how)
 
     def __iter__(self) -> Iterator[str]:
         return until_stop(stream_text(self._tokenizer, self._counted()), self._stop)
 
     def _counted(self) -> Iterator[int]:
-        for token in self._ids:
+        for _, token in self._rows:
             self.n_tokens += 1
             yield token
             if self._is_cancelled():

@@ -23,8 +23,6 @@ def load_run(
     `path` is a run's folder, for its newest checkpoint or that of `step`, or the folder of one checkpoint. `packed`: faster on a CPU, but
     the linear maps have no parameters any more.
     """
-    if not Path(path).is_dir():
-        raise UserError(f"{path}: no such run. Give the folder of a run, such as checkpoints/toy, or of one of its checkpoints.")
     checkpoint = open_checkpoint(path, step)
     tokenizer = load_tokenizer(checkpoint.folder / "tokenizer")
     model = Transformer(ModelConfig.model_validate(checkpoint.manifest.config["model"]).with_vocab(tokenizer.vocab_size))

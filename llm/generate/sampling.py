@@ -14,7 +14,7 @@ class Sampling:
     """How to choose among likely tokens. Filters apply in this order: repetition_penalty, temperature, top_k, top_p, min_p."""
 
     temperature: float = 0.8
-    """0 always takes the likeliest."""
+    """0, or so little that logits divided by it are infinite, always takes the likeliest."""
     top_k: int | None = None
     """Keep the k likeliest."""
     top_p: float | None = None
@@ -33,13 +33,17 @@ class Sampling:
             raise UserError(f"top-p is {self.top_p}, but should be a probability above 0 and up to 1; leave it out to keep all.")
         if self.min_p is not None and not 0 <= self.min_p <= 1:
             raise UserError(f"min-p is {self.min_p}, but should be from 0 to 1; 0.05 is common, leave it out to keep all.")
-        if not 0 < self.repetition_penalty < float("inf"):
-            raise UserError(f"repetition-penalty is {self.repetition_penalty}, but should be above 0; 1 changes nothing, 1.1 is common.")
+        if not 0.01 <= self.repetition_penalty <= 100:
+            raise UserError(f"repetition-penalty is {self.repetition_penalty}, but should be from 0.01 to 100; 1 changes nothing, 1.1 is common.")
+
+    @property
+    def is_greedy(self) -> bool:
+        return self.temperature < 1e-6
 
 
 def pick_rows(logits_BV: Tensor, sampling: Sampling, generators: Sequence[torch.Generator], written: Sequence[Sequence[int]]) -> list[int]:
     """`pick` for each row. The likeliest tokens are found where the logits are, all at once."""
-    if sampling.temperature == 0 and sampling.repetition_penalty == 1:
+    if sampling.is_greedy and sampling.repetition_penalty == 1:
         return logits_BV.float().argmax(dim=-1).tolist()  # in bf16 it takes a CPU 10 times as long
     return [pick(logits_V, sampling, *own) for logits_V, *own in zip(logits_BV.float().cpu(), generators, written, strict=True)]
 
@@ -51,7 +55,7 @@ def pick(logits_V: Tensor, sampling: Sampling, generator: torch.Generator, writt
         seen = logits_V[ids]
         penalty = sampling.repetition_penalty
         logits_V = logits_V.index_copy(0, ids, torch.where(seen > 0, seen / penalty, seen * penalty))
-    if sampling.temperature == 0:
+    if sampling.is_greedy:
         return int(logits_V.argmax())
     logits, ids = logits_V / sampling.temperature, None  # from here on of the candidates alone
     if sampling.top_k is not None:

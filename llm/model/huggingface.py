@@ -163,7 +163,7 @@ def from_config_json(config: dict, where: str) -> ModelConfig:
     if name not in FAMILIES:
         raise Inexpressible(f"{where}: model_type is {name!r}, but only {', '.join(FAMILIES)} can be imported.")
     family = FAMILIES[name]
-    if "quantization_config" in config:
+    if config.get("quantization_config"):
         raise Inexpressible(f"{where}: has a quantization_config. Import the checkpoint that it was quantized from.")
     for key, value in family.constants.items():
         if config.get(key, value) != value:
@@ -212,7 +212,11 @@ def _rope_keys(cfg: ModelConfig) -> dict:
 
 def _rope_fields(config: dict, family: Family, where: str) -> dict:
     """From `rope_parameters` (transformers 5) or `rope_theta` and `rope_scaling` (4)."""
-    rope = (config.get("rope_scaling") or {}) | (config.get("rope_parameters") or {})
+    rope = {}
+    for key in ("rope_scaling", "rope_parameters"):
+        if not isinstance(config.get(key) or {}, dict):
+            raise Inexpressible(f"{where}: {key} is {config[key]!r}, but should be an object with rope_type, factor and the like.")
+        rope |= config.get(key) or {}
     kind = rope.pop("rope_type", rope.pop("type", "default"))
     rope.pop("type", None)
     kind = "none" if kind == "default" else kind

@@ -90,7 +90,7 @@ def _tensor_files(folder: Path) -> dict[str, Path]:
             with safe_open(folder / name, framework="pt") as file:
                 found |= dict.fromkeys(file.keys(), folder / name)
         return found
-    except (SafetensorError, OSError, ValueError, KeyError, AttributeError) as error:
+    except (SafetensorError, OSError, ValueError, KeyError, AttributeError, TypeError) as error:
         raise UserError(f"{folder}: its safetensors files cannot be read ({error}).") from None
 
 

@@ -37,8 +37,12 @@ PLOTS = (
 
 
 def plots_of(runs: list[Run]) -> list[Plot]:
-    """Those with something to show. What is stacked can be shown for one run only."""
-    found = [plot for plot in PLOTS if any(key in run.curves for run in runs for key in plot.series) and not (plot.stacked and len(runs) > 1)]
+    """Those with something to show. What is stacked can be shown for one run only, and from two points on."""
+    found = []
+    for plot in PLOTS:
+        points = max(len(run.curves.get(key, ())) for run in runs for key in plot.series)
+        if points > plot.stacked and not (plot.stacked and len(runs) > 1):
+            found.append(plot)
     if asked := _named(runs, "eval/", "/all"):
         found.append(Plot("tasks", "Tasks while training", "share answered correctly", asked))
     if (tokens := _named(runs, "data/", "_tokens")) and len(runs) == 1:
@@ -74,6 +78,7 @@ def draw(plot: Plot, runs: list[Run]) -> bytes:
         if plot.unit.startswith("tokens"):
             axes.yaxis.set_major_formatter(ticker.EngFormatter(sep=""))  # 20k, 1.5M
         axes.margins(x=0.01)
+        axes.xaxis.set_major_locator(ticker.MaxNLocator(integer=True))
         if len(labels) > 1:
             figure.legend(handles, labels, fontsize=9, loc="outside lower center", ncols=min(len(labels), 5 if plot.stacked else 3))
         png = io.BytesIO()
@@ -91,7 +96,7 @@ def _lines(axes, plot: Plot, runs: list[Run]) -> tuple[list, list[str]]:
                 continue
             curve = thinned(run.curves[key])
             style = STYLES[number % len(STYLES)] if of_run else "-"
-            marker = "o" if len(curve) < 60 and key.startswith("val/") else ""
+            marker = "o" if len(curve) == 1 or (len(curve) < 60 and key.startswith("val/")) else ""  # of one point there is no line
             handles += axes.plot(*zip(*curve, strict=True), style, marker=marker, markersize=3.5, color=of_run or next(colours))
             name = plot.series[key] if not of_run else run.name if len(shown) == 1 else f"{run.name}, {plot.series[key]}"
             labels.append(name)

@@ -123,10 +123,11 @@ def test_mistakes_in_commands_are_told_and_change_nothing(tmp_path, capsys):
     chat, path = session(system="S"), tmp_path / "mine.txt"
     for content in ("precious", '{"messages": [{"role": "evil", "content": "x"}]}', '{"messages": [1]}', "[" * 5000):
         path.write_text(content)
-        converse(chat, lines(f"/save {path}", f"/load {path}", f"/save {tmp_path}/no/file", "/temp hot", "/temp -1", "/frob", "/save", "x" * 999))
+        files = [f"/save {path}", f"/load {path}", f"/save {tmp_path}/no/file", f"/save {'n' * 300}", "/save ~no-such-user/x", "/save"]
+        converse(chat, lines(*files, "/temp hot", "/temp -1", "/frob", "x" * 999))
         assert path.read_text() == content and chat.turns == [] and chat.system == "S" and chat.sampling == Sampling(0)
         said = capsys.readouterr().out
-        assert said.count("error:") == 8 and "temperature is -1" in said and "too long" in said
+        assert said.count("error:") == 10 and "temperature is -1" in said and "too long" in said
 
 
 @pytest.mark.timeout(60)

@@ -13,6 +13,7 @@ import pytest
 from little_chat import CHAT, answer, ask, load_little, serving
 
 from llm.chat import page
+from llm.log import UserError
 
 pytestmark = pytest.mark.timeout(90)
 
@@ -67,7 +68,8 @@ BAD_BODIES = {
         ("temperature", -1), ("temperature", 1e400), ("temperature", "hot"), ("top_p", 0), ("top_p", 2), ("top_k", 0), ("top_k", 1.5),
         ("min_p", -0.1),
         ("max_tokens", 0), ("max_tokens", -5), ("max_tokens", 10**30), ("seed", 2**70), ("stop", ""), ("stop", ["x"] * 5), ("stop", ["x" * 300]),
-        ("repetition_penalty", 0), ("n", 2), ("tools", [{"type": "function"}]), ("logprobs", True), ("stream", "yes"), ("model", ["little"]),
+        ("repetition_penalty", 0), ("repetition_penalty", 1e-45),
+        ("n", 2), ("tools", [{"type": "function"}]), ("logprobs", True), ("stream", "yes"), ("model", ["little"]),
         ("messages", []), ("messages", "hi"), ("messages", [{"role": "root", "content": "x"}]), ("messages", [{"role": "user"}]),
         ("messages", [{"role": "user", "content": None}]), ("messages", [{"role": "user", "content": [{"type": "image_url", "image_url": "/x"}]}]),
         ("messages", [{"role": "user", "content": "x" * 1000}]), ("messages", [CHAT["messages"][0]] * 2001),
@@ -199,12 +201,8 @@ class _Watched:
 def test_a_client_that_leaves_stops_its_answer_and_what_it_had_waiting_never_begins(stream):
     held = Held()
     with serving(load=held.load) as server:
-        body = json.dumps(CHAT | {"max_tokens": 100, "stream": stream}).encode()
-        head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
-        leaving = [socket.create_connection(server.server_address) for _ in range(3)]
-        for connection in leaving:
-            connection.sendall(head.encode() + body)
-        until(lambda: server.worker._waiting.qsize() == 2)
+        leaving = [asking(server, stream=stream) for _ in range(3)]
+        until(lambda: len(server.worker._waiting) == 2)
         held.gate.release(3)
         until(lambda: held.n == 3)
         for connection in leaving:
@@ -213,6 +211,50 @@ def test_a_client_that_leaves_stops_its_answer_and_what_it_had_waiting_never_beg
         held.gate.release(1000)
         assert answer(server, max_tokens=2)
         assert held.n <= 3 + 1 + 2
+
+
+def test_who_has_left_while_waiting_holds_no_place():
+    held = Held()
+    with serving(load=held.load, n_waiting=1) as server:
+        answered = asking(server)
+        held.gate.release(1)
+        until(lambda: held.n == 1)
+        leaving = asking(server)
+        until(lambda: len(server.worker._waiting) == 1)
+        assert ask(server)[0] == 429
+        leaving.close()
+        until(lambda: server._free._value == server.limits.connections - 1)
+        with ThreadPoolExecutor(1) as pool:
+            status = pool.submit(lambda: ask(server)[0])
+            until(lambda: status.done() or any(not job.cancelled.is_set() for job in server.worker._waiting))
+            held.gate.release(1000)
+            assert status.result() == 200
+        answered.close()
+
+
+def test_when_the_server_stops_who_waits_is_told_and_nobody_begins_to_wait():
+    held = Held()
+    with serving(load=held.load) as server, ThreadPoolExecutor(2) as pool:
+        answered = asking(server)
+        held.gate.release(1)
+        until(lambda: held.n == 1)
+        waiting = pool.submit(lambda: ask(server)[0])
+        until(lambda: server.worker._waiting)
+        closing = pool.submit(server.worker.close)
+        until(server.worker._is_closed.is_set)
+        held.gate.release(1000)
+        closing.result()
+        assert waiting.result() == 503 and ask(server)[0] == 429 and held.n <= 3
+        answered.close()
+
+
+def asking(server, **changes) -> socket.socket:
+    """A connection over which an answer of 100 tokens is on its way."""
+    body = json.dumps(CHAT | {"max_tokens": 100} | changes).encode()
+    head = f"POST /v1/chat/completions HTTP/1.1\r\nHost: localhost\r\nContent-Type: application/json\r\nContent-Length: {len(body)}\r\n\r\n"
+    connection = socket.create_connection(server.server_address)
+    connection.sendall(head.encode() + body)
+    return connection
 
 
 def test_a_client_that_reads_nothing_does_not_hold_up_the_others():
@@ -229,16 +271,18 @@ def test_a_client_that_reads_nothing_does_not_hold_up_the_others():
         stuck.close()
 
 
-def test_a_model_that_fails_fails_one_request_and_tells_no_paths():
+@pytest.mark.parametrize(("error", "status"), [(OSError, 500), (UserError, 503)])
+def test_a_model_that_fails_fails_one_request_and_tells_paths_to_the_log_alone(error, status, capsys):
     def load(path: Path, step=None):
         if path.name == "4":
-            raise OSError("/secret/path")
+            raise error("/secret/path")
         return load_little(path)
 
     with serving(load=load) as server:
-        status, _, content = ask(server, CHAT | {"model": "little/other"})
-        assert status == 500 and b"secret" not in content
+        answered, _, content = ask(server, CHAT | {"model": "little/other"})
+        assert answered == status and b"secret" not in content
         assert answer(server)
+    assert "/secret/path" in capsys.readouterr().out
 
 
 def test_the_client_library_of_openai_talks_to_it(server):

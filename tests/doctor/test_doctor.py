@@ -143,7 +143,16 @@ def test_little_open_files_and_little_room_for_checkpoints_are_told(tmp_path):
     assert lines["free-space"]["status"] == "fail" and "keep_last" in lines["free-space"]["advice"]
 
 
-@pytest.mark.parametrize("last", [["clocks", "shared-folder"], pytest.param(["zero"], marks=torture)])
+def test_attention_is_compared_without_holding_all_scores_of_a_long_row(tmp_path):
+    def limit() -> None:
+        resource.setrlimit(resource.RLIMIT_AS, (16 << 30, 16 << 30))
+
+    words = ["--config", make_run(tmp_path), "seq_len=131072", "batch_tokens=131072"]  # 4 heads, 137 GB of scores
+    line = doctor("--only", "attention", *words, code=0, limit=limit)["attention"]
+    assert line["status"] == "ok" and "at 131,072 tokens a row" in line["found"] and "over 2,048" in line["found"]
+
+
+@pytest.mark.parametrize("last", [["shared-folder"], pytest.param(["zero"], marks=torture)])
 def test_with_a_config_it_looks_at_the_loader_the_room_and_two_ranks_and_leaves_nothing_behind(tmp_path, last):
     config = make_run(tmp_path)
     names = ["python", "torch", "gpu", "attention", "deepspeed", "shared-memory", "open-files", "run-folder", "free-space", "loader", "ranks", *last]

@@ -10,6 +10,7 @@ from eval.tiny import model, tokenizer, write_mmlu
 from generate.test_generate_run import save_model
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
+from llm.eval.results import Kept, Results
 from llm.log import UserError
 
 SCRIPT = Path(__file__).parents[2] / "launch" / "evaluate_model.py"
@@ -77,3 +78,15 @@ def test_a_mistake_is_told_before_anything_is_computed(run, mistake):
     words, said = MISTAKES[mistake]
     with pytest.raises(UserError, match=said):
         evaluate(run, *words)
+
+
+@pytest.mark.parametrize("blocked", ["results.json", "mmlu-0-shot.json", "tensorboard"])
+def test_results_that_can_no_longer_be_written_are_told_in_words(tmp_path, blocked):
+    results = Results(tmp_path / "out", tmp_path / "tensorboard", 1)
+    if blocked == "tensorboard":
+        (tmp_path / blocked).touch()
+    else:
+        (tmp_path / "out" / blocked).mkdir()
+    with pytest.raises(UserError, match=f"{blocked}: cannot be written .* give --out FOLDER"):
+        Kept(tmp_path / "out", "mmlu-0-shot").get("anatomy", [], lambda: {"correct": [1]})
+        results.add("mmlu", {"acc": 1.0})

@@ -69,5 +69,15 @@ def test_missing_data_and_unknown_tasks_are_named(tmp_path):
         run_tasks(HarnessModel(model(), tokenizer()), {"arc_of_noah": {"test": tmp_path / "x.jsonl"}})
     write_tasks(tmp_path)
     (tmp_path / "gsm8k" / "train.jsonl").unlink()
-    with pytest.raises(UserError, match="gsm8k: needs a split 'train', but there are .*test.jsonl"):
+    with pytest.raises(UserError, match="gsm8k: needs a split or field 'train', but there are .*test.jsonl"):
         run_tasks(HarnessModel(model(), tokenizer()), find_data(tmp_path, ["gsm8k"]))
+
+
+@pytest.mark.parametrize(("task", "content", "said"), [
+    ("arc_easy", '{"bad": 1}', "'question' is undefined"), ("arc_easy", '{"bad', "JSON"), ("hellaswag", '{"bad": 1}', "needs a split or field"),
+])  # fmt: skip
+def test_data_that_do_not_fit_their_task_are_named(tmp_path, task, content, said):
+    for path in (write_tasks(tmp_path) / task).iterdir():
+        path.write_text(content + "\n")
+    with pytest.raises(UserError, match=f"{task}: .*{said}.*{task}/.*jsonl"):
+        run_tasks(HarnessModel(model(), tokenizer()), find_data(tmp_path, [task]))

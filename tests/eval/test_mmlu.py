@@ -126,6 +126,14 @@ def test_a_record_that_is_no_question_is_named(folder, row, said):
         read_subjects(folder)
 
 
+def test_characters_that_only_look_like_line_breaks_stay_in_their_field(folder):
+    row = ["What\u2028is\x85this\x0c?", "a", "b", "c", "d", "A"]
+    with open(folder / "test" / "anatomy_test.csv", "w", newline="", encoding="utf-8") as file:
+        csv.writer(file).writerow(row)
+    (question,) = read_subjects(folder, ["anatomy"])[0].questions
+    assert question.text == row[0]
+
+
 def test_commas_quotes_and_line_breaks_inside_fields_stay(folder):
     question = read_subjects(folder, ["anatomy"])[0].questions[1]
     assert question.text == QUESTIONS[1][0] and question.choices == QUESTIONS[1][1:5] and mmlu.LETTERS == "ABCD"

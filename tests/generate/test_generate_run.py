@@ -1,9 +1,15 @@
+import json
+import os
+import runpy
+import signal
 import subprocess
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
+from test_terminal import on_a_terminal
 
 from llm.checkpoint.manifest import Manifest, Parameter
 from llm.checkpoint.saver import save
@@ -71,7 +77,7 @@ def test_bf16_is_for_weights_and_leaves_rotary_angles_exact(run):
 
 
 def test_a_run_that_is_not_there_is_named(tmp_path):
-    with pytest.raises(UserError, match="nowhere: no such run"):
+    with pytest.raises(UserError, match="nowhere: no checkpoint here"):
         load_run(tmp_path / "nowhere")
 
 
@@ -88,6 +94,63 @@ def test_the_command_continues_the_prompt_and_repeats_itself_with_the_same_seed(
     first, text = by_flag.stdout.split("\n", 1)
     assert "step 2" in first and "seed 3" in first
     assert text.startswith("once upon") and len(text) > len("once upon\n")
+
+
+def test_no_text_steers_the_terminal(run, tmp_path):
+    evil = "\x1b]0;evil\x07"
+    (tmp_path / "prompts.txt").write_text(evil)
+    seen = on_a_terminal(str(LAUNCH), str(run), "--prompts", str(tmp_path / "prompts.txt"), "--max-tokens", "2", "--device", "cpu")
+    assert "␛]0;evil␇".encode() in seen and evil.encode() not in seen
+
+
+def prompts(**given) -> list[str]:
+    """What the script understands as its prompts."""
+    script = runpy.run_path(str(LAUNCH))
+    return script["prompts"](SimpleNamespace(**{"interactive": False, "prompt": None, "prompt_file": None, "prompts": None} | given))
+
+
+@pytest.mark.parametrize("name", ["p.jsonl", "p.txt"])
+def test_a_prompt_is_a_line_whatever_characters_it_holds(tmp_path, name):
+    texts = ["a\u2028b", "c\x85\x0cd"]
+    lines = [json.dumps(text, ensure_ascii=False) for text in texts] if name == "p.jsonl" else texts
+    (tmp_path / name).write_text("\r\n\r\n".join(lines), encoding="utf-8", newline="")
+    assert prompts(prompts=tmp_path / name) == texts
+
+
+def test_half_a_character_in_a_prompt_is_refused(tmp_path):
+    (tmp_path / "p.jsonl").write_text('"\\ud800"\n')
+    for given in ({"prompts": tmp_path / "p.jsonl"}, {"prompt": os.fsdecode(b"caf\xe9")}):
+        with pytest.raises(UserError, match="cannot be read as a prompt"):
+            prompts(**given)
+
+
+def test_nonstop_keeps_in_its_output_what_ctrl_c_interrupts(run, tmp_path):
+    words = [sys.executable, LAUNCH, run, "--prompt", "once", "--nonstop", "--temp", 0, "--device", "cpu", "--output", tmp_path / "out.txt"]
+    process = subprocess.Popen([str(word) for word in words], stdout=subprocess.PIPE)
+    seen = b""
+    while len(seen) < 200:
+        seen += os.read(process.stdout.fileno(), 100)
+    process.send_signal(signal.SIGINT)
+    seen += process.stdout.read()
+    assert process.wait(60) == 0
+    kept = (tmp_path / "out.txt").read_bytes()
+    assert kept.startswith(b"once") and len(kept) > 50 and kept in seen
+
+
+def test_a_reader_that_has_gone_and_a_terminal_without_a_letter_get_no_traceback(run):
+    words = [sys.executable, LAUNCH, run, "--prompt", "é", "--device", "cpu", "--nonstop"]
+    process = subprocess.Popen(words, stdout=subprocess.PIPE, stderr=subprocess.PIPE, env=os.environ | {"PYTHONIOENCODING": "ascii"})
+    while b"?" not in process.stdout.readline():
+        pass
+    process.stdout.close()
+    assert process.wait(60) == -signal.SIGPIPE and process.stderr.read() == b""
+
+
+@pytest.mark.parametrize(("script", "words", "asked"), [("generate.py", ["--interactive"], "text> "), ("chat.py", [], "you> ")])
+def test_a_key_that_is_no_utf8_does_not_end_a_session(run, script, words, asked):
+    words = [sys.executable, LAUNCH.with_name(script), run, *words, "--max-tokens", "2", "--device", "cpu"]
+    done = subprocess.run(words, input=b"caf\xe9\nagain\n", capture_output=True, timeout=120)
+    assert done.returncode == 0 and done.stdout.decode().count(asked) == 3, done.stderr
 
 
 def test_a_cut_prompt_is_said(run):

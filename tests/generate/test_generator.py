@@ -2,7 +2,7 @@ import pytest
 import torch
 
 from llm.config import ModelConfig
-from llm.generate.generator import generate_ids, prompt_ids, stream_text
+from llm.generate.generator import generate_rows, prompt_ids, stream_text
 from llm.generate.sampling import Sampling
 from llm.model.init import build_model
 from llm.tokenizer.train import train_bpe
@@ -20,8 +20,9 @@ def little_model(tokenizer, seq_len: int = 16):
     return build_model(cfg.with_vocab(tokenizer.vocab_size), 1).eval()
 
 
-def continued(model, tokenizer, prompt, n, sampling=GREEDY, seed=1):
-    return list(generate_ids(model, tokenizer, prompt, max_tokens=n, sampling=sampling, seed=seed))
+def continued(model, tokenizer, prompt, n, sampling=GREEDY, seed=1, stop_ids=()):
+    rows = generate_rows(model, tokenizer, [prompt], max_tokens=n, sampling=sampling, seed=seed, stop_ids=stop_ids)
+    return [token for _, token in rows]
 
 
 @torch.no_grad()
@@ -48,11 +49,22 @@ def test_a_prompt_longer_than_the_context_is_cut_from_the_left(tokenizer):
     assert continued(model, tokenizer, range(40), 5) == continued(model, tokenizer, range(24, 40), 5)
 
 
+def test_a_prompt_of_no_tokens_is_where_a_text_begins(tokenizer):
+    model = little_model(tokenizer)
+    assert continued(model, tokenizer, [], 5) == continued(model, tokenizer, [tokenizer.eos_id], 5)
+
+
 def test_the_seed_decides_the_text(tokenizer):
     model, sampling = little_model(tokenizer), Sampling(temperature=1.0)
     first = continued(model, tokenizer, [1], 30, sampling, seed=5)
     assert first == continued(model, tokenizer, [1], 30, sampling, seed=5)
     assert first != continued(model, tokenizer, [1], 30, sampling, seed=6)
+
+
+def test_a_seed_of_any_size_gives_its_own_text(tokenizer):
+    model = little_model(tokenizer)
+    texts = [continued(model, tokenizer, [1], 30, Sampling(temperature=1.0), seed) for seed in (5, -5, 2**63 - 1, 10**30)]
+    assert len(set(map(tuple, texts))) == 4
 
 
 @pytest.mark.parametrize("sampling", [GREEDY, Sampling(temperature=5.0)], ids=["greedy", "hot"])
@@ -80,7 +92,7 @@ class _EndsAt:
 def test_a_stop_token_ends_it_too(tokenizer):
     model, prompt = little_model(tokenizer), [1, 2, 3]
     greedy = continued(model, tokenizer, prompt, 8)
-    stopped = list(generate_ids(model, tokenizer, prompt, max_tokens=8, sampling=GREEDY, seed=1, stop_ids=(greedy[5],)))
+    stopped = continued(model, tokenizer, prompt, 8, stop_ids=(greedy[5],))
     assert stopped == greedy[: greedy.index(greedy[5])]
 
 

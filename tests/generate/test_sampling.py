@@ -13,8 +13,9 @@ def drawn(sampling: Sampling, n: int = 2000) -> torch.Tensor:
     return torch.bincount(torch.tensor([pick(LOGITS, sampling, generator) for _ in range(n)]), minlength=4) / n
 
 
-def test_zero_temperature_takes_the_likeliest():
-    assert drawn(Sampling(temperature=0), 20).tolist() == [0, 1, 0, 0]
+@pytest.mark.parametrize("temperature", [0, 1e-320, 1e-40, 1e-8])
+def test_zero_temperature_or_next_to_none_takes_the_likeliest(temperature):
+    assert drawn(Sampling(temperature), 20).tolist() == [0, 1, 0, 0]
 
 
 def test_temperature_one_draws_by_probability():
@@ -42,6 +43,7 @@ def test_top_p_keeps_the_fewest_that_reach_it(top_p, kept):
 @pytest.mark.parametrize(("wrong", "named"), [
     ({"temperature": -1}, "temperature is -1"), ({"temperature": float("nan")}, "temperature is nan"),
     ({"top_k": 0}, "top-k is 0"), ({"top_p": 0}, "top-p is 0"), ({"top_p": 1.5}, "top-p is 1.5"),
+    ({"repetition_penalty": 1e-45}, "repetition-penalty is 1e-45"),
 ])  # fmt: skip
 def test_a_setting_out_of_range_is_refused_with_its_value(wrong, named):
     with pytest.raises(UserError, match=named):

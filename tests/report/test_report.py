@@ -1,16 +1,19 @@
 """The report of a run: one file that opens offline, in which no text is HTML, made of whatever the run has left."""
 
+import io
 import json
 import subprocess
 import sys
 from html.parser import HTMLParser
 from pathlib import Path
 
+import matplotlib.colors
+import matplotlib.image
 import pytest
 
 from llm.log import UserError
 from llm.report.page import write_report
-from llm.report.plots import MAX_POINTS, thinned
+from llm.report.plots import COLOURS, MAX_POINTS, draw, plots_of, thinned
 from llm.report.record import differences, read_run
 
 ROOT = Path(__file__).parent.parent.parent
@@ -158,6 +161,22 @@ def test_a_run_that_has_only_begun_has_a_report_too(tmp_path):
     (tmp_path / "logs").mkdir()
     (tmp_path / "logs" / "metrics.jsonl").touch()
     assert "Nothing was recorded yet" in Page(write_report([read_run(str(tmp_path))], tmp_path / "out")).text
+
+
+def test_a_run_with_one_record_shows_it_in_every_plot(tmp_path):
+    (tmp_path / "logs").mkdir()
+    write_lines(tmp_path / "logs" / "metrics.jsonl", [{"step": 8, "train/loss": 4.9, "train/lr": 1e-3, "time/training_share": 0.9}])
+    run = read_run(str(tmp_path))
+    plots = plots_of([run])
+    assert [plot.name for plot in plots] == ["loss", "learning_rate"]  # an area between one point and itself is none
+    for plot in plots:
+        assert coloured(draw(plot, [run])) > 20, f"{plot.name}: nothing is drawn"
+
+
+def coloured(png: bytes) -> int:
+    """How many pixels have the colour of the first curve."""
+    pixels = matplotlib.image.imread(io.BytesIO(png))[..., :3]
+    return int((abs(pixels - matplotlib.colors.to_rgb(COLOURS[0])).max(axis=-1) < 0.05).sum())
 
 
 def test_a_folder_without_logs_is_refused(tmp_path):

@@ -96,7 +96,7 @@ def call(script: str, *words) -> None:
 
 
 def test_chat_speaks_in_the_template_of_the_checkpoint_unless_told_otherwise(run, tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sys, "stdin", io.StringIO())
+    monkeypatch.setattr(sys, "stdin", io.TextIOWrapper(io.BytesIO()))
     with pytest.raises(UserError, match="special token '<|talk|>'"):
         call("chat", run, "--device", "cpu")
     (tmp_path / "chatml.json").write_text(json.dumps(CHATML.to_json()))
