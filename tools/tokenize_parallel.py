@@ -24,6 +24,8 @@ def main() -> None:
                         "against the reference while it runs; the shards are the same")  # fmt: skip
     parser.add_argument("--val-ratio", type=float, default=0.0, metavar="X", help="share of documents for validation (default: none)")
     parser.add_argument("--shard-tokens", type=int, default=1 << 27, metavar="N", help="tokens per shard, about (default: 128 Mi)")
+    parser.add_argument("--shuffle", action="store_true", help="permute documents inside each unit of text")
+    parser.add_argument("--seed", type=int, default=0, metavar="N", help="for --shuffle (default: %(default)s)")
     parser.add_argument("--emit-jsonl", action="store_true", help="also write each shard as one JSON list of ids a line, a document each")
     parser.add_read_options()
     args = parser.parse_args()
@@ -55,6 +57,7 @@ def _tokenize(args) -> None:
             encoder=args.encoder,
             val_ratio=args.val_ratio,
             shard_tokens=args.shard_tokens,
+            shuffle_seed=args.seed if args.shuffle else None,
             emit_jsonl=args.emit_jsonl,
             options=read_options(args),
         )

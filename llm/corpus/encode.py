@@ -18,6 +18,7 @@ from llm.corpus.masks import Spans, document_spans
 from llm.corpus.options import ReadOptions
 from llm.corpus.parts import DIGEST_BYTES, ROLES, PartWriter
 from llm.corpus.plan import Task, Unit, handfuls
+from llm.data.permutation import Permutation
 from llm.log import UserError
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.tokenizer.fast import FastEncoder
@@ -42,6 +43,8 @@ class Request:
     """FAST where it can be used, or REFERENCE."""
     val_ratio: float = 0.0
     shard_tokens: int = 1 << 27
+    shuffle_seed: int | None = None
+    """None: documents stay in the order of the file."""
     emit_jsonl: bool = False
     options: ReadOptions = ReadOptions()
 
@@ -108,14 +111,16 @@ def encode_unit(unit: Unit, job: Job, tokenizer: Tokenizer, encode: Encode, part
         digests = [document_digest(document.identity()) for document in _documents(unit, job, counts)]
         if (unit_id := unit_id_of(digests)) in job.known_units:
             part.add_known(digests)
-            part.end_unit(unit_id, counts)
+            part.end_unit(unit_id, counts, {})
             return
-    counts, eos = Counts(), np.array(tokenizer.eos_id, job.dtype).tobytes()
+    counts, is_val, eos = Counts(), bytearray(), np.array(tokenizer.eos_id, job.dtype).tobytes()
     for batch in handfuls(_documents(unit, job, counts), lambda document: len(document.text), BATCH_CHARS):
         for document, (ids, spans) in zip(batch, encode_documents(batch, job.request.options.template, tokenizer, encode), strict=True):
             digest = document_digest(document.identity())
-            part.add(ROLES[_is_val(digest, job.request.val_ratio)], digest, ids, spans, eos, len(document.text.encode()))
-    part.end_unit(unit_id_of([part.digests]), counts)
+            is_val.append(_is_val(digest, job.request.val_ratio))
+            part.add(ROLES[is_val[-1]], digest, ids, spans, eos, len(document.text.encode()))
+    unit_id = unit_id_of([part.digests])
+    part.end_unit(unit_id, counts, _orders(np.frombuffer(is_val, bool), unit_id, job.request.shuffle_seed))
 
 
 def encode_documents(
@@ -184,6 +189,15 @@ def document_digest(content: bytes) -> bytes:
 def _is_val(digest: bytes, ratio: float) -> bool:
     """By content: the same document falls on the same side in every file, run and order."""
     return int.from_bytes(digest[:8], "big") < ratio * 2**64
+
+
+def _orders(is_val: np.ndarray, unit_id: str, shuffle_seed: int | None) -> dict[str, np.ndarray]:
+    """For each role the order of its documents, of which the unit's documents in a shuffled order are the union."""
+    if shuffle_seed is None or not len(is_val):
+        return {}
+    order = Permutation(len(is_val), shuffle_seed, unit_id, 0)(np.arange(len(is_val)))
+    of_role = {"train": ~is_val, "val": is_val}
+    return {role: (np.cumsum(chosen) - 1)[order[chosen[order]]] for role, chosen in of_role.items()}
 
 
 def _documents(unit: Unit, job: Job, counts: Counts) -> Iterator[Document]:

@@ -7,11 +7,13 @@ KEY.json                            the commit record, written last: per unit wh
 """
 
 import os
+import shutil
 from array import array
 from collections.abc import Iterable, Iterator
 from dataclasses import asdict, dataclass
 from itertools import pairwise
 from pathlib import Path
+from tempfile import TemporaryFile
 
 import numpy as np
 
@@ -75,7 +77,7 @@ class PartWriter:
     def __init__(self, folder: Path, key: str, dtype: np.dtype, encoder: str):
         self._stem, self._dtype, self._encoder, self._records = folder / key, dtype, encoder, []
         suffixes = ["digests", *(f"{role}.{kind}" for role in ROLES for kind in ("ids", "lengths", "spans"))]
-        self._files = {suffix: open(f"{self._stem}.{suffix}", "wb") for suffix in suffixes}  # noqa: SIM115  closed by __exit__
+        self._files = {suffix: open(f"{self._stem}.{suffix}", "w+b") for suffix in suffixes}  # noqa: SIM115  closed by __exit__
         self._begin()
 
     def __enter__(self) -> "PartWriter":
@@ -116,13 +118,17 @@ class PartWriter:
         """The current unit's documents, all of which the dataset holds already."""
         self.digests += b"".join(digests)
 
-    def end_unit(self, unit_id: str, counts: Counts) -> None:
+    def end_unit(self, unit_id: str, counts: Counts, orders: dict[str, np.ndarray]) -> None:
+        """`orders`: role to the order its documents shall have; a role that is not in it keeps the order of the file."""
         self._files["digests"].write(self.digests)
         record = {"unit_id": unit_id, "docs": len(self.digests) // DIGEST_BYTES, "counts": asdict(counts), "at": self._at}
         for role in ROLES:
-            lengths = np.array(self._lengths[role], _LENGTH)
+            lengths, masks = np.array(self._lengths[role], _LENGTH), self._spans[role]
+            if role in orders:
+                self._reorder(role, lengths, orders[role])
+                lengths, masks = lengths[orders[role]], [masks[i] for i in orders[role]]
             self._files[f"{role}.lengths"].write(lengths)
-            n_spans = self._write_spans(role, self._spans[role], lengths)
+            n_spans = self._write_spans(role, masks, lengths)
             record[role] = {"tokens": int(lengths.sum(dtype=np.int64)), "docs": len(lengths), "bytes": self._bytes[role], "spans": n_spans}
         self._records.append(record)
         self._begin()
@@ -134,6 +140,20 @@ class PartWriter:
         spans = joined(zip(masks, lengths.tolist(), strict=True))
         self._files[f"{role}.spans"].write(spans.astype(_SPAN))
         return len(spans)
+
+    def _reorder(self, role: str, lengths: np.ndarray, order: np.ndarray) -> None:
+        if not len(lengths):
+            return
+        file, ends = self._files[f"{role}.ids"], np.cumsum(lengths, dtype=np.int64)
+        file.flush()
+        stored = np.memmap(file.name, self._dtype, "r", self._at[f"{role}.ids"], int(ends[-1]))
+        with TemporaryFile(dir=self._stem.parent) as shuffled:
+            for i in order:
+                shuffled.write(stored[ends[i] - lengths[i] : ends[i]])
+            del stored
+            shuffled.seek(0)
+            file.seek(self._at[f"{role}.ids"])
+            shutil.copyfileobj(shuffled, file)
 
 
 def is_finished(folder: Path, task: Task) -> bool:

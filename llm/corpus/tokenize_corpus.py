@@ -75,7 +75,7 @@ def tokenize_corpus(request: Request) -> Report:
         _check_amount(distinct, manifest)
 
         note_use(Path(request.tokenizer_path), request.out)
-        writer = {"program": f"tally-llm {llm.__version__}", "val_ratio": request.val_ratio}
+        writer = {"program": f"tally-llm {llm.__version__}", "val_ratio": request.val_ratio, "shuffle_seed": request.shuffle_seed}
         shards = ShardWriter(request, info, timestamp, writer | ({"template": template} if template else {})).publish(distinct)
         entries = [source.to_json(unit_bytes[source.source.path]) for source in read_sources]
         write_manifest(request.out, sources=entries, shards=shards, tokenizer=info, seq_len=request.seq_len, template=template)
@@ -158,6 +158,7 @@ def _settings(request: Request, info: dict, manifest: Manifest | None) -> dict:
         "tokenizer": info["fingerprint"],
         "options": asdict(request.options),
         "val_ratio": request.val_ratio,
+        "shuffle_seed": request.shuffle_seed,
         "known_units": manifest.manifest_id if manifest else None,
     }
 

@@ -57,7 +57,7 @@ def learned_texts(folder, tokenizer_folder, role="train"):
 
 
 def test_in_chats_the_assistants_words_and_ends_carry_loss_and_in_plain_text_all(request_for, mixed, tokenizer_folder):
-    request = request_for(shard_tokens=7_000, val_ratio=0.1)
+    request = request_for(shard_tokens=7_000, val_ratio=0.1, shuffle_seed=3)
     tokenize_corpus(request)
     found = [pair for role in ("train", "val") for pair in learned_texts(request.out, tokenizer_folder, role)]
     talks = [learned for whole, learned in found if whole.startswith("<|im_start|>")]
@@ -82,7 +82,7 @@ def test_where_no_special_token_ends_a_turn_the_rest_of_it_and_the_end_of_text_a
 
 
 def test_one_worker_and_three_write_the_same_shards_and_masks(request_for, mixed):
-    one = request_for("one/set", workers=1, val_ratio=0.2, shard_tokens=7_000)
+    one = request_for("one/set", workers=1, val_ratio=0.2, shuffle_seed=3, shard_tokens=7_000)
     three = replace(one, out=one.out.parent.parent / "three/set", workers=3)
     tokenize_corpus(one)
     tokenize_corpus(three)

@@ -7,7 +7,7 @@ import time
 
 import pyarrow as pa
 import pyarrow.parquet as pq
-from raw_text import contents, manifest_id, prose, raw_texts, stamp_of, texts_of, write_jsonl
+from raw_text import contents, documents_of, manifest_id, prose, raw_texts, stamp_of, texts_of, write_jsonl
 
 from llm.corpus import plan
 from llm.corpus.options import ReadOptions
@@ -69,7 +69,7 @@ def test_nothing_but_the_dataset_is_left_behind(request_for, raw):
     assert {path.name.rpartition(".")[2] for path in request_for().out.iterdir()} == {"bin", "idx", "json"}
 
 
-# validation split, emit
+# validation split, shuffle, emit
 
 
 def test_the_validation_split_goes_by_content(request_for, raw, tokenizer_folder, tmp_path):
@@ -80,6 +80,20 @@ def test_the_validation_split_goes_by_content(request_for, raw, tokenizer_folder
     write_jsonl(raw / "big.jsonl", reversed([json.loads(line)["text"] for line in (raw / "big.jsonl").read_text().splitlines()]))
     tokenize_corpus(request_for("second", val_ratio=0.2))
     assert set(texts_of(tmp_path / "second", tokenizer_folder, "val")) == first
+
+
+def test_shuffling_permutes_the_documents_inside_their_unit(request_for, raw, tmp_path):
+    orders = {}
+    for name, seed in (("plain", None), ("seed 1", 1), ("seed 1 again", 1), ("seed 2", 2)):
+        report = tokenize_corpus(request_for(name, shuffle_seed=seed))
+        orders[name] = [tuple(document) for document in documents_of(tmp_path / name)]
+        units = {unit["unit_id"]: unit["docs"] for meta in report.shards for unit in meta.units}
+    assert orders["seed 1"] == orders["seed 1 again"]
+    assert len({tuple(order) for order in orders.values()}) == 3
+    start = 0
+    for docs in units.values():  # the units stand in the same order in all, as their ids do not depend on the shuffle
+        assert len({tuple(sorted(order[start : start + docs])) for order in orders.values()}) == 1
+        start += docs
 
 
 def test_emitted_jsonl_has_the_ids_of_one_document_a_line(request_for, raw):
