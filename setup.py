@@ -8,7 +8,7 @@ extras = {
     "mpi": ["mpi4py", "openmpi"],
     "eval": ["transformers", "accelerate", "lm-eval"],
     "test": [
-        *("pytest", "pytest-timeout", "ruff", "setuptools>=70.1"),
+        *("pytest", "pytest-timeout", "pytest-xdist", "ruff", "setuptools>=70.1"),
         *("pyarrow", "huggingface_hub", "mpi4py", "openmpi", "gigatoken>=0.10", "transformers", "openai"),
     ],
 }
