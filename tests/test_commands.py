@@ -166,9 +166,6 @@ def test_started_once_more_by_its_launcher_a_job_goes_on_and_begins_nothing_anew
     words = ["--config", config, "--init-from", tmp_path / "base" / "checkpoints" / "little", "--steps-today", "2"]
     assert train(*words).returncode == 0
     assert "resumes" in train(*words, **again).stdout
-    for wish in (["--fresh"], ["--from-step", "2"]):
-        refused = train("--config", config, *wish, **again)
-        assert refused.returncode == 3 and "this is a restart" in refused.stderr
     assert sorted(path.name[:14] for path in (tmp_path / "checkpoints" / "little").glob("step-*")) == ["step-000000002", "step-000000004"]
     assert train("--config", config).returncode == 0
     another_pass = ["--config", config, "--reset-epoch", "--steps-today", "3"]

@@ -72,9 +72,8 @@ def test_a_fresh_start_that_is_refused_leaves_the_old_run_where_it_was(config, w
     assert contents(run) == before and [path.name for path in run.parent.iterdir()] == [run.name]
 
 
-@pytest.mark.parametrize("variable", ["TORCHELASTIC_RESTART_COUNT", "SLURM_RESTART_COUNT"])
-@pytest.mark.parametrize("words", [("--fresh",), ("--from-step", "4")])
-def test_a_restart_by_a_launcher_never_begins_again_what_the_first_start_has_begun(config, words, variable):
+@pytest.mark.parametrize(("variable", "words"), [("TORCHELASTIC_RESTART_COUNT", ("--fresh",)), ("SLURM_RESTART_COUNT", ("--from-step", "4"))])
+def test_a_restart_by_a_launcher_never_begins_again_what_the_first_start_has_begun(config, variable, words):
     run = load_config(config).run_folder
     before = names(config)
     done = train("--config", config, *words, **{variable: "1"})
