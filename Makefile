@@ -42,7 +42,7 @@ quickstart: install
 RANKS = $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L 2>/dev/null | grep -q GPU && echo gpu || echo 2)
 
 test: install
-	python -m pytest -n 2 --dist loadfile
+	python -m pytest -n 2 --dist loadfile --no-loadscope-reorder
 
 torture: install
 	TORTURE=1 python -m pytest tests/faults tests/checkpoint tests/train tests/data tests/corpus tests/doctor tests/engine/test_refused_steps.py tests/test_config.py tests/test_walk.py
