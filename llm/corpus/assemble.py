@@ -9,7 +9,7 @@ from pathlib import Path
 from llm.corpus.encode import Request, source_id_of
 from llm.corpus.masks import joined
 from llm.corpus.parts import ROLES, PartUnit
-from llm.corpus.plan import Source, ending
+from llm.corpus.plan import Source, beginning, ending
 from llm.data.manifest import load_manifest
 from llm.data.record import ShardError
 from llm.data.shard_meta import META_SUFFIX, ShardMeta, token_dtype
@@ -34,6 +34,7 @@ class ReadSource:
             "bytes": self.source.size,
             "unit_bytes": unit_bytes,
             "unit_ids": [unit.unit_id for unit in self.units],
+            "beginning": beginning(self.source),
             "ending": ending(self.source.path, self.source.size),
         }
 

@@ -22,7 +22,7 @@ from llm.log import UserError, log, progress
 MIN_UNIT_BYTES, MAX_UNIT_BYTES = 4 << 20, 512 << 20
 UNITS_PER_SOURCE = 64
 TASK_BYTES = 4 << 20
-_ENDING_BYTES = 64 << 10
+_TELLING_BYTES = 64 << 10
 T = TypeVar("T")
 
 
@@ -145,25 +145,30 @@ def unit_bytes_for(size: int) -> int:
 
 
 def plan_units(sources: list[Source], options: ReadOptions, manifest: Manifest | None) -> tuple[list[Unit], dict[Path, int]]:
-    """All units in the order of sources, and each source's unit size. A file that the manifest knows keeps its size and old ends."""
+    """All units in the order of sources, and each source's unit size. A file that the manifest knows, perhaps by another name, keeps its size and
+    old ends."""
     units, unit_bytes = [], {}
-    known = _known_by_name(manifest)
+    by_name, by_beginning = _known(manifest)
     for source in sources:
-        of_this_name = known.get(source.name, [])
-        earlier = [entry for entry in of_this_name if _was(source, entry)]
-        unit_bytes[source.path] = (earlier or of_this_name)[0]["unit_bytes"] if of_this_name else unit_bytes_for(source.size)
+        of_this_name = by_name.get(source.name, [])
+        earlier = [e for e in of_this_name if _was(source, e)] or [e for e in by_beginning.get(beginning(source), []) if _was(source, e)]
+        unit_bytes[source.path] = (earlier or of_this_name)[0]["unit_bytes"] if earlier or of_this_name else unit_bytes_for(source.size)
         ends = [entry["bytes"] for entry in earlier]
         starts = unit_borders(source.path, source.size, unit_bytes[source.path], ends, options)
         units += [Unit(source, start, stop) for start, stop in zip(starts, [*starts[1:], source.size], strict=True)]
     return units, unit_bytes
 
 
-def _known_by_name(manifest: Manifest | None) -> dict[str, list[dict]]:
-    known: dict[str, list[dict]] = {}
+def _known(manifest: Manifest | None) -> tuple[dict[str, list[dict]], dict[str | None, list[dict]]]:
+    """The manifest's entries by name, and by what they begin with."""
+    by_name: dict[str, list[dict]] = {}
+    by_beginning: dict[str | None, list[dict]] = {}
     for entry in manifest.sources if manifest else ():
         for name in entry["names"]:
-            known.setdefault(name, []).append(entry)
-    return known
+            by_name.setdefault(name, []).append(entry)
+        if entry.get("beginning"):  # not in older versions
+            by_beginning.setdefault(entry["beginning"], []).append(entry)
+    return by_name, by_beginning
 
 
 def _was(source: Source, entry: dict) -> bool:
@@ -171,11 +176,19 @@ def _was(source: Source, entry: dict) -> bool:
     return entry["bytes"] <= source.size and entry.get("ending") in (None, ending(source.path, entry["bytes"]))  # None: of an older version
 
 
+def beginning(source: Source) -> str | None:
+    """A hash of what stands first in a file, to know it by whatever it is called; None for a file so small that it is not looked for."""
+    if source.size < _TELLING_BYTES:
+        return None
+    with open(source.path, "rb") as file:
+        return hashlib.sha256(file.read(_TELLING_BYTES)).hexdigest()
+
+
 def ending(path: Path, size: int) -> str:
     """A hash of what stands last in the first `size` bytes of a file."""
     with open(path, "rb") as file:
-        file.seek(max(0, size - _ENDING_BYTES))
-        return hashlib.sha256(file.read(min(size, _ENDING_BYTES))).hexdigest()
+        file.seek(max(0, size - _TELLING_BYTES))
+        return hashlib.sha256(file.read(min(size, _TELLING_BYTES))).hexdigest()
 
 
 def plan_tasks(units: list[Unit], settings: dict) -> list[Task]:

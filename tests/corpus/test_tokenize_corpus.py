@@ -129,6 +129,15 @@ def test_new_and_grown_files_bring_only_their_new_text(request_for, raw, tokeniz
     assert len(held) == len(set(held))
 
 
+def test_a_file_that_has_grown_and_has_another_name_now_brings_only_its_new_text(request_for, tmp_path):
+    documents = [prose(i, 600) for i in range(50)]
+    path = write_jsonl(tmp_path / "raw" / "a.jsonl", documents[:30])
+    tokenize_corpus(request_for())
+    for name, n_docs in (("b.jsonl", 40), ("c.jsonl", 50)):
+        path = write_jsonl(path.rename(path.with_name(name)), documents[:n_docs])
+        assert [meta.n_docs for meta in tokenize_corpus(request_for()).shards] == [10]
+
+
 def test_two_runs_in_one_second_have_names_of_their_own(request_for, raw, monkeypatch):
     monkeypatch.setattr(time, "time", lambda: 2e9)
     names = [meta.name for meta in tokenize_corpus(request_for()).shards]
