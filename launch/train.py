@@ -5,8 +5,8 @@
   deepspeed --num_gpus 2 launch/train.py --config configs/toy.yaml engine.zero_stage=2
 
 SIGTERM, SIGINT (Ctrl-C), SIGHUP and SIGUSR1 end a sitting: one checkpoint, then out; once more leaves at once. They may go to one
-worker or to the launcher. torchrun passes SIGUSR1 on and waits more than 30 s for a large checkpoint only when told:
-  torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 --shutdown-timeout 300 ...
+worker or to the launcher. torchrun passes SIGUSR1 on and waits more than 30 s for a large checkpoint only when told (torch 2.11: not at all):
+  TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300 torchrun --signals-to-handle SIGTERM,SIGINT,SIGHUP,SIGQUIT,SIGUSR1 ...
 
 Exit codes: 0 over, 2 your mistake, 3 needs a person (numbers gone bad, no room, no progress), 75 a hang or a lost rank: run it again.
 exit.json in the run's logs says why. With torchrun --max-restarts a run that fails again and again without progress gives up with 3.
