@@ -58,8 +58,7 @@ def talk(args, load, sampling, seed: int) -> None:
 
     with suppress(ImportError):
         import readline  # noqa: F401 - input() then has history and editing
-    for stream in (sys.stdin, sys.stdout):
-        stream.reconfigure(errors="replace")  # a key that is no UTF-8, or a letter that the terminal lacks, is not the end of the chat
+    sys.stdin.reconfigure(errors="replace")  # a key that is no UTF-8 is not the end of the chat
     assistant = load(args.run, args.step)
     check(assistant.template, assistant.tokenizer)
     log.info(f"{args.run}, step {assistant.step:,}, on {assistant.model.device}, seed {seed}. /help lists commands, Ctrl-D leaves.")

@@ -1,7 +1,6 @@
 """Continue a text with a trained model:  python launch/generate.py checkpoints/toy --prompt "def main(" """
 
 import json
-import signal
 import sys
 import time
 from contextlib import suppress
@@ -26,8 +25,6 @@ def main() -> None:
     if args.output and not args.output.parent.is_dir():
         raise UserError(f"--output {args.output}: there is no folder {args.output.parent}. Make it first.")
     texts = prompts(args)
-    signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # ends quietly where its reader has gone, as `head` goes
-    sys.stdout.reconfigure(errors="replace")  # a terminal may lack letters that a model has
 
     import torch  # only now: --help and a mistyped flag answer at once
 

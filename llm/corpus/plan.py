@@ -151,7 +151,9 @@ def plan_units(sources: list[Source], options: ReadOptions, manifest: Manifest |
     by_name, by_beginning = _known(manifest)
     for source in sources:
         of_this_name = by_name.get(source.name, [])
-        earlier = [e for e in of_this_name if _was(source, e)] or [e for e in by_beginning.get(beginning(source), []) if _was(source, e)]
+        earlier = [entry for entry in of_this_name if _was(source, entry)]
+        if not earlier and by_beginning:
+            earlier = [entry for entry in by_beginning.get(beginning(source), []) if _was(source, entry)]
         unit_bytes[source.path] = (earlier or of_this_name)[0]["unit_bytes"] if earlier or of_this_name else unit_bytes_for(source.size)
         ends = [entry["bytes"] for entry in earlier]
         starts = unit_borders(source.path, source.size, unit_bytes[source.path], ends, options)
