@@ -8,7 +8,8 @@ VENV ?= .venv
 # The interpreter with everything installed. CPU-only machines take the CPU build of torch where the package index offers one; see README.
 PY = $(VENV)/bin/python
 TORCH ?= torch>=2.10,<2.14
-STEPS ?= 220
+# How long the quick start may train: the number of its steps follows from what this machine makes of a few.
+MINUTES ?= 4
 
 export PATH := $(abspath $(VENV))/bin:$(PATH)
 
@@ -26,8 +27,9 @@ quickstart: install
 	python tools/download.py --dataset pystdlib --out data/raw/pystdlib.jsonl --max-bytes 24M
 	python tools/train_tokenizer.py data/raw/pystdlib.jsonl --vocab-size 4096 --out data/tokenizers/pystdlib-4k
 	python tools/tokenize_parallel.py data/raw/pystdlib.jsonl --tokenizer data/tokenizers/pystdlib-4k --seq-len 256 --val-ratio 0.02 --workers 2 --out data/pystdlib
-	OMP_NUM_THREADS=1 torchrun --nproc-per-node $(RANKS) launch/train.py --config configs/toy.yaml --steps-today $(STEPS)
-	torchrun --nproc-per-node 1 launch/train.py --config configs/toy.yaml engine.zero_stage=2
+	test -s build/toy-steps || { mkdir -p build; python tools/plan_run.py --config configs/toy.yaml --fit-minutes $(MINUTES) --quiet >build/toy-steps; }
+	OMP_NUM_THREADS=1 torchrun --nproc-per-node $(RANKS) launch/train.py --config configs/toy.yaml train.total_step_budget=$$(cat build/toy-steps) --steps-today $$(($$(cat build/toy-steps) / 4))
+	torchrun --nproc-per-node 1 launch/train.py --config configs/toy.yaml train.total_step_budget=$$(cat build/toy-steps) engine.zero_stage=2
 	python tools/ledger.py show checkpoints/toy
 	python tools/report.py checkpoints/toy
 	python launch/generate.py checkpoints/toy --prompt "    def __init__(self" --max-tokens 150 --temp 0.7 --seed 1

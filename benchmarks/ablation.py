@@ -24,6 +24,7 @@ from llm.data.stream import Batch
 from llm.dist import World
 from llm.engine import build_engine
 from llm.engine.attention_kernel import is_hopper, kernels_in_order
+from llm.engine.precision import resolve_precision
 from llm.engine.process import keep_freed_memory
 from llm.model import products
 from llm.model.init import build_model
@@ -43,6 +44,7 @@ def main() -> None:
     args = parser.parse_args()
     cfg = load_config(args.config, args.overrides, preset=args.model)
     cfg = changed(cfg, model={"vocab_size": cfg.model.with_vocab(4100).vocab_size}, engine={"zero_stage": 0, "compile": True})
+    cfg = resolve_precision(cfg, World(device=args.device))
     torch.set_flush_denormal(True)
     if args.device == "cpu":
         keep_freed_memory()

@@ -28,6 +28,7 @@ from llm.data.stream import Batch, count_targets, eval_batches, micro_batches
 from llm.dist import World
 from llm.engine import build_engine, process
 from llm.engine.optimizer import set_lr
+from llm.engine.precision import resolve_precision
 from llm.log import log
 from llm.model.flops import count_params
 from llm.model.init import build_model
@@ -45,6 +46,7 @@ def main() -> None:
     cfg = load_config(args.config, args.overrides, preset=args.model)
     tokenizer = load_tokenizer(cfg.tokenizer.tokenizer_path, cfg.tokenizer.tokenizer_type)
     cfg = changed(cfg, model={"vocab_size": cfg.model.with_vocab(tokenizer.vocab_size).vocab_size}, engine={"zero_stage": 0})
+    cfg = resolve_precision(cfg, World())
     train_shards, val_shards = open_shards(cfg, tokenizer, World())
     phase = Phase.plan("p0", cfg.train.seed, cfg.train.epochs, cfg.model.seq_len, pool(train_shards))
     sampler, rows = Sampler(phase, pool(train_shards)), batch_plan(cfg, 1).global_rows

@@ -22,8 +22,8 @@ from machine import machine, write_json
 
 from llm import cli
 from llm.config import ModelConfig, load_config
+from llm.engine.precision import DTYPES, measure_rates
 from llm.generate.generator import generate_rows
-from llm.generate.load import DTYPES
 from llm.generate.sampling import Sampling
 from llm.log import log
 from llm.model.flops import count_params
@@ -41,7 +41,7 @@ def main() -> None:
     log.info(f"{count_params(cfg):,} parameters, prompts of {args.prompt} tokens, {args.new} new ones, {torch.get_num_threads()} threads")
     clock = time.process_time if args.cpu_time else time.perf_counter
     report = {"model": cfg.model_dump(), "machine": machine(["torch", "transformers"]), "cases": {}}
-    for dtype in args.dtypes:
+    for dtype in (measure_rates("cpu").fastest if name == "auto" else name for name in args.dtypes):
         ours, theirs = both(cfg, DTYPES[dtype])
         for batch in args.batches:
             prompts = torch.randint(0, cfg.vocab_size, (batch, args.prompt), generator=torch.Generator().manual_seed(batch))
@@ -55,7 +55,7 @@ def main() -> None:
 def arguments():
     parser = cli.parser(__doc__)
     parser.add_argument("--model", metavar="NAME", help="the dimensions of this preset (6 layers, width 384, vocabulary 32,768)")
-    parser.add_argument("--dtypes", nargs="+", choices=DTYPES, default=list(DTYPES))
+    parser.add_argument("--dtypes", nargs="+", choices=("auto", *DTYPES), default=list(DTYPES), help="auto: the faster one here")
     parser.add_argument("--batches", nargs="+", type=int, default=[1, 8])
     parser.add_argument("--prompt", type=int, default=64, metavar="N", help="tokens (%(default)s)")
     parser.add_argument("--new", type=int, default=128, metavar="N", help="tokens (%(default)s)")

@@ -18,7 +18,9 @@ from step import changed, synchronize
 
 from llm import cli
 from llm.config import ModelConfig, load_config
+from llm.engine.precision import measure_rates
 from llm.engine.process import keep_freed_memory
+from llm.log import log
 from llm.model import products
 from llm.model.attention import ATTENTION
 from llm.model.layers import RMSNorm
@@ -42,7 +44,11 @@ def main() -> None:
         keep_freed_memory()
     torch.set_default_device(args.device)
     clock, found = Clock(args.device, args.rounds), []
-    for dtype in (torch.float32, torch.bfloat16):
+    dtypes = [torch.float32, torch.bfloat16]
+    if measure_rates(args.device).fastest == "fp32":
+        log.info("bf16 is left out: this machine emulates it")
+        dtypes.remove(torch.bfloat16)
+    for dtype in dtypes:
         peak = clock.rate(large_product(dtype, args.device))
         rows = [("large product", peak), *matmuls(cfg.model, cfg.train.batch_size * cfg.model.seq_len, dtype, clock)]
         rows += [(name, clock.rate(part)) for name, part in parts(cfg.model, cfg.train.batch_size, dtype, args.compiled)]

@@ -37,6 +37,7 @@ from llm.data.stream import Batch
 from llm.dist import World
 from llm.engine import build_engine
 from llm.engine.attention_kernel import kernels_in_order
+from llm.engine.precision import resolve_precision
 from llm.engine.process import keep_freed_memory
 from llm.log import log
 from llm.model import products
@@ -53,6 +54,7 @@ def main() -> None:
     args = arguments()
     cfg = load_config(args.config, args.overrides, preset=args.model)
     cfg = changed(cfg, model={"vocab_size": cfg.model.with_vocab(TOKENIZER_VOCAB).vocab_size}, engine={"zero_stage": 0})
+    cfg = resolve_precision(cfg, World(device=args.device))
     torch.set_flush_denormal(True)
     if args.keep_memory and args.device == "cpu":
         keep_freed_memory()  # for all contenders

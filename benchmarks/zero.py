@@ -19,6 +19,7 @@ from llm import cli
 from llm.batch_plan import batch_plan
 from llm.config import RunConfig, load_config
 from llm.dist import World, joined, pick_device
+from llm.engine.precision import resolve_precision
 from llm.engine.process import settled
 from llm.log import log
 
@@ -31,6 +32,7 @@ def main() -> None:
         world = world.on(pick_device(args.device, world))
         cfg = load_config(args.config, args.overrides, preset=args.model)
         cfg = changed(cfg, model={"vocab_size": cfg.model.with_vocab(TOKENIZER_VOCAB).vocab_size})
+        cfg = resolve_precision(cfg, world)
         with settled(world.device, keep_memory=True):
             report = measure(cfg, world, args)
         if world.rank == 0:

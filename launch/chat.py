@@ -55,13 +55,15 @@ def talk(args, load, sampling, seed: int) -> None:
     from llm.chat.prompt import check
     from llm.chat.session import Session
     from llm.chat.terminal import converse
+    from llm.generate.load import dtype_name
 
     with suppress(ImportError):
         import readline  # noqa: F401 - input() then has history and editing
     sys.stdin.reconfigure(errors="replace")  # a key that is no UTF-8 is not the end of the chat
     assistant = load(args.run, args.step)
     check(assistant.template, assistant.tokenizer)
-    log.info(f"{args.run}, step {assistant.step:,}, on {assistant.model.device}, seed {seed}. /help lists commands, Ctrl-D leaves.")
+    model, where = assistant.model, f"{args.run}, step {assistant.step:,}"
+    log.info(f"{where}, on {model.device} in {dtype_name(model.dtype)}, seed {seed}. /help lists commands, Ctrl-D leaves.")
     converse(Session(assistant, sampling, args.max_tokens, seed, args.system))
 
 

@@ -36,7 +36,7 @@ def main() -> None:
     from llm.checkpoint.manifest import NAME
     from llm.eval.mmlu import read_subjects
     from llm.eval.results import Results
-    from llm.generate.load import DTYPES, choose_device, load_run
+    from llm.generate.load import choose_device, choose_dtype, dtype_name, load_run
 
     subjects = read_subjects(args.mmlu, args.subjects.split(",") if args.subjects else None, args.shots or 0) if "mmlu" in tasks else []
     task_files = {}
@@ -45,16 +45,17 @@ def main() -> None:
 
         task_files = harness.find_data(args.task_data, others)
     device = choose_device(args.device)
-    model, tokenizer, checkpoint = load_run(args.run, args.step, device=device, dtype=DTYPES[args.dtype], packed=True)
+    dtype = choose_dtype(args.dtype, device)
+    model, tokenizer, checkpoint = load_run(args.run, args.step, device=device, dtype=dtype, packed=True)
     manifest = checkpoint.manifest
     run = args.run.resolve().parent if (args.run / NAME).exists() else args.run
     name = step_name(manifest.step, manifest.attempt)
     logs = manifest.config.get("log", {}).get("out_dir")
     folder = (args.out or run / "evaluations") / name
     results = Results(folder, (args.out or Path(logs or run / "logs")) / "tensorboard", manifest.step)
-    log.info(f"{args.run}, step {manifest.step:,}, on {device} in {args.dtype}")
+    log.info(f"{args.run}, step {manifest.step:,}, on {device} in {dtype_name(dtype)}")
     if "mmlu" in tasks:
-        identity = [manifest.self_sha256, args.dtype, args.shots or 0]
+        identity = [manifest.self_sha256, dtype_name(dtype), args.shots or 0]
         _mmlu(args, model, tokenizer, subjects, results, identity)
     if "perplexity" in tasks:
         _perplexity(args, model, tokenizer, checkpoint, results)
@@ -77,7 +78,7 @@ def _arguments():
     parser.add_argument("--out", type=Path, metavar="FOLDER", help="where results go (RUN/evaluations)")
     parser.add_argument("--step", type=int, metavar="N", help="the checkpoint of this step; left out: the newest")
     parser.add_argument("--device", default="auto", help="cpu, cuda or cuda:N (%(default)s: the GPU if there is one)")
-    parser.add_argument("--dtype", choices=("fp32", "bf16"), default="fp32", help="of the weights (%(default)s)")
+    parser.add_dtype("fp32")  # a result is to be the same on every machine
     parser.add_read_options()
     return parser.parse_args()
 

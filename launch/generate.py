@@ -28,15 +28,16 @@ def main() -> None:
 
     import torch  # only now: --help and a mistyped flag answer at once
 
-    from llm.generate.load import choose_device, choose_dtype, load_run
+    from llm.generate.load import choose_device, choose_dtype, dtype_name, load_run
     from llm.generate.sampling import Sampling
     from llm.model.flops import count_params
 
     sampling = Sampling(args.temp, args.top_k, args.top_p, args.min_p, args.repetition_penalty)
     device = choose_device(args.device)
-    model, tokenizer, checkpoint = load_run(args.run, args.step, device=device, dtype=choose_dtype(args.dtype, device), packed=True)
+    dtype = choose_dtype(args.dtype, device)
+    model, tokenizer, checkpoint = load_run(args.run, args.step, device=device, dtype=dtype, packed=True)
     seed = torch.seed() % 2**32 if args.seed is None else args.seed
-    log.info(f"{args.run}, step {checkpoint.manifest.step:,}, on {device}, seed {seed}")
+    log.info(f"{args.run}, step {checkpoint.manifest.step:,}, on {device} in {dtype_name(dtype)}, seed {seed}")
     log.debug(f"{count_params(model.cfg):,} weights in {model.dtype}, context {model.cfg.seq_len:,}; {sampling}")
     stop_ids = tuple(tokenizer.special_ids.values()) if args.special_tokens else ()
     options = dict(max_tokens=10**15 if args.nonstop else args.max_tokens, sampling=sampling, stop=args.stop, stop_ids=stop_ids)

@@ -51,12 +51,17 @@ class Parser(argparse.ArgumentParser):
         group.add_argument("--field", action="append", default=[], metavar="OURS=THEIRS", help="a field's other name: --field response=reply")
         group.add_argument("--template", metavar="FILE", help="how conversations are written, as YAML (default: ChatML)")
 
+    def add_dtype(self, default: str) -> None:
+        """Add what a trained model's weights are read in."""
+        told = "of the weights; auto: bf16 where this machine is faster in it, else fp32 (%(default)s)"
+        self.add_argument("--dtype", choices=("auto", "fp32", "bf16"), default=default, help=told)
+
     def add_generation_options(self, max_tokens: int) -> None:
         """Add what chooses a trained model and how it writes."""
         self.add_argument("run", metavar="RUN", help="a run's folder, or that of one checkpoint")
         self.add_argument("--step", type=int, metavar="N", help="use the checkpoint of this step; left out: the newest")
         self.add_argument("--device", default="auto", help="cpu, cuda, cuda:N or mps (%(default)s: a GPU if there is one)")
-        self.add_argument("--dtype", choices=("fp32", "bf16"), help="of the weights; left out: bf16 on a CUDA GPU, else fp32")
+        self.add_dtype("auto")
         group = self.add_argument_group("how it writes")
         group.add_argument("--max-tokens", type=int, default=max_tokens, metavar="N", help="stop after so many new tokens (%(default)s)")
         group.add_argument("--temp", type=float, default=0.8, metavar="X", help="temperature; 0 takes the likeliest token (%(default)s)")

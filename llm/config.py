@@ -282,8 +282,8 @@ class TrainConfig(Section):
 class EngineConfig(Section):
     zero_stage: Literal[0, 1, 2, 3] = 0
     """0: plain torch, with DDP on several ranks; 1-3: DeepSpeed ZeRO."""
-    precision: Literal["bf16", "fp32"] = "bf16"
-    """bf16: autocast over fp32 weights."""
+    precision: Literal["auto", "bf16", "fp32"] = "auto"
+    """bf16: autocast over fp32 weights. auto: bf16 where this machine is faster in it, decided once, when the run begins."""
     compile: bool = False
     activation_checkpointing: Fraction = 0.0
     """The share of the blocks, in whole ones, that do not keep their activations but compute them again in the backward pass; true: all."""
@@ -373,6 +373,10 @@ class RunConfig(Section):
     checkpoint: CheckpointConfig = CheckpointConfig()
     eval: EvalConfig = EvalConfig()
     log: LogConfig = LogConfig()
+
+    def in_precision(self, precision: str) -> "RunConfig":
+        """This config with another engine.precision."""
+        return self.model_copy(update={"engine": self.engine.model_copy(update={"precision": precision})})
 
     @property
     def run_folder(self) -> Path:

@@ -4,6 +4,7 @@
   python tools/plan_run.py --config configs/gpt-1b.yaml --gpus 8 --gpu h100 --hours-a-day 4 --price 2.5
   python tools/plan_run.py --config configs/gpt-1b.yaml --gpus 1,8,64 --gpu h200 --tokens 20G --json plan.json
   python tools/plan_run.py --config configs/toy.yaml --measure
+  python tools/plan_run.py --config configs/toy.yaml --fit-minutes 10
 
 --measure makes a few real steps on this machine, on random ids, and writes nothing: it puts the bytes that were planned beside those that were
 counted, and plans with the speed that it found.
@@ -27,16 +28,19 @@ def main() -> None:
     from llm.config import load_config
     from llm.plan import hardware, work
 
-    work.positive(mfu=args.mfu, hours_a_day=args.hours_a_day, price=args.price, network=args.network, gpus_per_node=args.gpus_per_node)
+    numbers = ("mfu", "hours_a_day", "price", "network", "gpus_per_node", "fit_minutes")
+    work.positive(**{name: getattr(args, name) for name in numbers})
     cfg = load_config(args.config, args.overrides, preset=args.model)
     data = work.find_data(cfg)
     cfg, assumed = work.settle_vocabulary(cfg, data)
     gpu = args.gpu or hardware.device_here()
-    hardware.find_device(gpu)
+    given, (cfg, guessed) = cfg.engine.precision, hardware.resolve_precision(cfg, hardware.find_device(gpu))
     mfu, measured = args.mfu or (1.0 if gpu == "cpu" else 0.4), None
-    _tell_model(cfg, assumed)
+    if args.fit_minutes:
+        return _tell_steps(cfg, gpu, given, args.fit_minutes)
+    _tell_model(cfg, [assumed, None if args.measure else guessed])
     if args.measure:
-        measured = _measure(cfg, gpu)
+        cfg, measured = _measure(cfg, gpu, given)
         mfu = measured.pop("mfu") or mfu
     plans = [_plan(cfg, data, gpu, ranks, mfu, args, measured is not None) for ranks in args.gpus]
     if args.json:
@@ -57,6 +61,9 @@ def _parser() -> cli.Parser:
     parser.add_argument("--hours-a-day", type=float, metavar="H", help="to count sittings")
     parser.add_argument("--price", "--price-per-hour", type=float, metavar="P", help="of one GPU for one hour, in your currency")
     parser.add_argument("--measure", action="store_true", help="make a few steps on this machine and plan with what they show")
+    parser.add_argument(
+        "--fit-minutes", type=float, metavar="M", help="how many steps this machine makes in M minutes, by real ones; --quiet: the number alone"
+    )
     parser.add_argument("--json", type=Path, metavar="FILE", help="write every row as JSON")
     return parser
 
@@ -73,11 +80,20 @@ def _counts(text: str) -> list[int]:
     return counts
 
 
-def _tell_model(cfg, assumed: str | None) -> None:
+def _tell_model(cfg, notes: list[str | None]) -> None:
     from llm.plan import screen
 
-    for line in screen.model_lines(cfg) + ([assumed] if assumed else []):
+    for line in [*screen.model_lines(cfg), *filter(None, notes)]:
         result(line)
+
+
+def _tell_steps(cfg, gpu: str, precision: str, minutes: float) -> None:
+    """Print how many steps of the config this machine makes in so many minutes, by real steps."""
+    from llm.plan import candidates as cut
+    from llm.plan import work
+
+    tokens_per_s = _measured_steps(cfg, gpu, precision)[1]["tokens_per_s"]
+    result(work.steps_in(60 * minutes, cfg, cut.global_rows(cfg, 1), tokens_per_s))
 
 
 def _plan(cfg, data, gpu: str, ranks: int, mfu: float, args, mfu_is_measured: bool) -> dict:
@@ -121,12 +137,25 @@ def _refusal(rows: list, ways: list[str]) -> list[str]:
     return [f"{text}there are {least.cluster.device.usable / gib:,.1f}.", *(f"would fit: {way}" for way in ways or ["nothing in the table"])]
 
 
-def _measure(cfg, gpu: str) -> dict:
-    """A few steps of the config in a process of its own, one rank; tells planned beside counted bytes."""
+def _measure(cfg, gpu: str, precision: str) -> tuple:
+    """Make a few steps and print planned beside counted bytes. The config with the precision that they had, and what was found."""
     from llm.model.flops import flops_per_token
-    from llm.plan import candidates as cut
     from llm.plan import hardware, screen
     from llm.plan.memory import memory_of
+
+    few, found = _measured_steps(cfg, gpu, precision)
+    device, speed = hardware.find_device(gpu), found["tokens_per_s"]
+    for line in screen.measured_lines(memory_of(few, 1, device.kind), found["bytes"]):
+        result(line)
+    rate, how = speed * flops_per_token(cfg.model), f"in {few.engine.precision}, {found['threads']} threads, {found['device']}"
+    result(f"{speed:,.0f} tokens/s, {rate / 1e9:,.0f} GFLOP/s {how}")
+    return cfg.in_precision(found["precision"]), found | {"mfu": rate / device.flops}
+
+
+def _measured_steps(cfg, gpu: str, precision: str) -> tuple:
+    """A few steps of the config, in this precision, in a process of its own, one rank: the config that was measured, and what was found."""
+    from llm.plan import candidates as cut
+    from llm.plan import hardware
 
     here = hardware.device_here()
     if gpu != here:
@@ -138,13 +167,9 @@ def _measure(cfg, gpu: str) -> dict:
         micro_rows = cut.as_configured(cfg, cut.candidates(cfg, cluster, 1.0)).plan.micro_rows
     few = cut.candidate(cfg, cluster, 1.0, micro_rows * accumulation, micro_rows).cfg
     log.info(f"\nmeasuring {MEASURED_STEPS} steps of {accumulation} x {micro_rows} rows on {here}, random ids, one process ...")
-    found = _census(few.model_dump_json())
-    for line in screen.measured_lines(memory_of(few, 1, hardware.find_device(gpu).kind), found["bytes"]):
-        result(line)
+    found = _census(few.in_precision(precision).model_dump_json())
     tokens = accumulation * micro_rows * cfg.model.seq_len
-    rate = tokens * flops_per_token(cfg.model) / found["step_seconds"]
-    result(f"{tokens / found['step_seconds']:,.0f} tokens/s, {rate / 1e9:,.0f} GFLOP/s, {found['threads']} threads, {found['device']}")
-    return found | {"mfu": rate / hardware.find_device(gpu).flops}
+    return few.in_precision(found["precision"]), found | {"tokens_per_s": tokens / found["step_seconds"]}
 
 
 def _census(config: str) -> dict:

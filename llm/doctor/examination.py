@@ -3,6 +3,7 @@
 import socket
 from collections.abc import Callable, Iterator
 from dataclasses import asdict, dataclass, replace
+from functools import cache
 from pathlib import Path
 
 from llm.config import ModelConfig, RunConfig
@@ -11,7 +12,7 @@ from llm.doctor import disk, machine
 from llm.doctor.line import FAIL, OK, Line, examined, first_words
 
 ALONE = (
-    "python", "torch", "gpu", "attention", "deepspeed", "compiler", "shared-memory", "open-files", "run-folder", "free-space", "loader",
+    "python", "torch", "gpu", "precision", "attention", "deepspeed", "compiler", "shared-memory", "open-files", "run-folder", "free-space", "loader",
 )  # fmt: skip
 TOGETHER = ("ranks", "matmul", "all-reduce", "shared-folder", "zero")
 ANY_MODEL = ModelConfig(n_layers=1, d_model=512, n_heads=8, d_ff=1024, seq_len=1024)
@@ -34,19 +35,22 @@ class Subject:
 def alone(subject: Subject, device: Callable[[], str]) -> Iterator[Line]:
     """The lines of this machine. `device` is asked for only where it matters, for that takes torch."""
     cfg = subject.cfg
-    rows = (cfg.model, cfg.engine.precision, cfg.data.document_mask) if cfg else (ANY_MODEL, "bf16", False)
+    wanted = cfg.engine.precision if cfg else "auto"
+    precision = cache(lambda: machine.resolved_precision(wanted, device()))
+    model, is_masked = (cfg.model, cfg.data.document_mask) if cfg else (ANY_MODEL, False)
     looks: dict[str, Callable[[], Line]] = {
         "python": machine.python,
         "torch": machine.torch,
         "gpu": machine.gpu,
-        "attention": lambda: machine.attention(device(), *rows),
+        "precision": lambda: machine.precision(device(), wanted),
+        "attention": lambda: machine.attention(device(), model, precision(), is_masked),
         "deepspeed": machine.deepspeed,
         "compiler": lambda: machine.compiler(device),
         "shared-memory": machine.shared_memory,
         "open-files": machine.open_files,
         "run-folder": lambda: disk.write_speed(subject.folder),
         "free-space": lambda: disk.free_space(subject.folder, *_wanted(cfg)),
-        "loader": lambda: _loader(cfg, device()),
+        "loader": lambda: _loader(cfg, device(), precision()),
     }
     for name in ALONE:
         if name in subject.only:
@@ -83,10 +87,10 @@ def of_other_hosts(lines: list[Line], world: World) -> list[Line]:
     return [Line(**line) for of_rank in world.gather(mine)[1:] for line in of_rank if line["status"] != OK]
 
 
-def _loader(cfg: RunConfig | None, device: str) -> Line:
+def _loader(cfg: RunConfig | None, device: str, precision: str) -> Line:
     from llm.doctor.loader import loader
 
-    return loader(cfg, device)
+    return loader(cfg, device, precision)
 
 
 def _wanted(cfg: RunConfig | None) -> tuple[int | None, int | None]:

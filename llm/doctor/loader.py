@@ -2,8 +2,6 @@
 
 import time
 
-import torch
-
 from llm.batch_plan import batch_plan
 from llm.config import RunConfig
 from llm.data.ledger import Ledger
@@ -11,6 +9,7 @@ from llm.data.sampler import Sampler
 from llm.data.stream import Stream
 from llm.dist import World
 from llm.doctor.line import FAIL, OK, WARN, Line
+from llm.engine.precision import measure_rates
 from llm.model.flops import flops_per_token
 from llm.tokenizer import load_tokenizer
 from llm.train.datasets import open_shards, pool
@@ -19,7 +18,7 @@ from llm.train.phases import Wish, choose_phase
 SECONDS, ROUNDS = 1.0, 10
 
 
-def loader(cfg: RunConfig | None, device: str) -> Line:
+def loader(cfg: RunConfig | None, device: str, precision: str) -> Line:
     """Tokens a second of one rank's batches, beside what the device could take if it did nothing but matmuls. Raises UserError."""
     if cfg is None:
         return Line("loader", OK, "not looked at: --config says which data and which model")
@@ -29,7 +28,7 @@ def loader(cfg: RunConfig | None, device: str) -> Line:
     plan = batch_plan(cfg, 1)
     phase = choose_phase(Ledger(), shards, Wish(), cfg.model_copy(update={"model": model}), 0, plan.global_rows).open_phase
     made = _tokens_per_s(Stream(Sampler(phase, pool(shards)), plan.global_rows, 0, 1, plan.micro_rows), phase.total, plan.global_rows)
-    needed = matmul_flops(device, cfg.engine.precision) / flops_per_token(model)
+    needed = getattr(measure_rates(device), precision) / flops_per_token(model)
     status = OK if made > 2 * needed else WARN if made > needed else FAIL
     advice = "The model would wait for data: put the shards on a faster disk, or into memory."
     return Line("loader", status, f"{made:,.0f} tokens/s from {len(pool(shards))} shards; the model takes {needed:,.0f} at the very most", advice)
@@ -46,15 +45,3 @@ def _tokens_per_s(stream: Stream, draws: int, batch_rows: int) -> float:
         rates.append(tokens / seconds)
     stream.close()
     return max(rates)
-
-
-def matmul_flops(device: str, precision: str) -> float:
-    """FLOP/s of a large matmul on this device, the best of some."""
-    n, dtype = 1024 if device == "cpu" else 8192, torch.bfloat16 if precision == "bf16" else torch.float32
-    a = torch.randn(n, n, device=device, dtype=dtype)
-    seconds = []
-    for _ in range(4):
-        started_at = time.perf_counter()
-        (a @ a)[0, 0].item()  # waits for the device
-        seconds.append(time.perf_counter() - started_at)
-    return 2 * n**3 / min(seconds)

@@ -54,6 +54,26 @@ def _driver() -> str:
     return found[1] if found else "none"
 
 
+def precision(device: str, wanted: str) -> Line:
+    """What engine.precision computes in here, and how fast this device multiplies in it."""
+    from llm.engine.precision import measure_rates
+
+    rates = measure_rates(device)
+    chosen = rates.fastest if wanted == "auto" else wanted
+    found = f"{chosen}{' (auto)' if wanted == 'auto' else ''}: {rates}"
+    factor = f"{rates.speedup_without(chosen):,.3g} times as fast"
+    advice = f"{rates.fastest} is {factor} here: engine.precision=auto takes it in a new run."
+    is_slow = (chosen, rates.fastest) == ("bf16", "fp32")  # fp32 may be asked for, whatever it costs
+    return Line("precision", WARN if is_slow else OK, found, advice)
+
+
+def resolved_precision(wanted: str, device: str) -> str:
+    """What `wanted` (auto, bf16, fp32) means on this device."""
+    from llm.engine.precision import measure_rates
+
+    return measure_rates(device).fastest if wanted == "auto" else wanted
+
+
 def attention(device: str, model: ModelConfig, precision: str, is_masked: bool) -> Line:
     """The kernel that a training step takes for rows of this shape, and how far it is from attention by definition."""
     import torch

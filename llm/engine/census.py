@@ -24,6 +24,7 @@ from llm.config import RunConfig, check_config
 from llm.data.stream import Batch
 from llm.dist import World, pick_device
 from llm.engine import Engine, build_engine
+from llm.engine.precision import resolve_precision
 from llm.engine.process import settled
 from llm.model.init import build_model
 
@@ -193,12 +194,14 @@ def main() -> None:
     cfg = check_config(json.load(sys.stdin), "the run to measure")
     world = World()
     world = world.on(pick_device(cfg.engine.device, world))
+    cfg = resolve_precision(cfg, world)
     with settled(world.device, cfg.engine.keep_memory):
         counted = count(cfg, world)
         _tell_step()
         seconds = time_steps(cfg, world, int(sys.argv[1]), _tell_step)
     name = torch.cuda.get_device_name(world.device) if world.device.startswith("cuda") else "cpu"
-    print(json.dumps({"bytes": counted, "step_seconds": seconds, "device": name, "threads": torch.get_num_threads()}))
+    found = {"bytes": counted, "step_seconds": seconds, "device": name, "threads": torch.get_num_threads()}
+    print(json.dumps(found | {"precision": cfg.engine.precision}))
 
 
 if __name__ == "__main__":

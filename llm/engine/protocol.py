@@ -112,7 +112,8 @@ def named_shapes(model: torch.nn.Module) -> Params:
 
 
 def autocast(precision: str, device: str) -> AbstractContextManager:
-    """bf16 matmuls over fp32 weights, or nothing."""
+    """bf16 matmuls over fp32 weights, or nothing. `precision` is resolved (llm/engine/precision.py)."""
+    assert precision in ("bf16", "fp32"), precision
     return torch.autocast(torch.device(device).type, torch.bfloat16, enabled=precision == "bf16")
 
 

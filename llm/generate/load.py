@@ -6,13 +6,12 @@ import torch
 
 from llm.checkpoint.resume import Checkpoint, open_checkpoint
 from llm.config import ModelConfig
-from llm.log import UserError
+from llm.engine.precision import DTYPES, measure_rates, warn_if_slow
+from llm.log import UserError, log
 from llm.model.packed import pack
 from llm.model.transformer import Transformer
 from llm.tokenizer import load_tokenizer
 from llm.tokenizer.protocol import Tokenizer
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def load_run(
@@ -36,6 +35,11 @@ def load_run(
     return model, tokenizer, checkpoint
 
 
+def dtype_name(dtype: torch.dtype) -> str:
+    """What --dtype calls it."""
+    return next(name for name, known in DTYPES.items() if known == dtype)
+
+
 def choose_device(name: str) -> str:
     """`auto`: the first GPU if there is one, else Apple's, else the CPU. Refuses a device that is not here."""
     if name == "auto":
@@ -47,6 +51,12 @@ def choose_device(name: str) -> str:
     return name
 
 
-def choose_dtype(name: str | None, device: str) -> torch.dtype:
-    """None: bf16 on a GPU of CUDA, fp32 elsewhere."""
-    return DTYPES[name or ("bf16" if device.startswith("cuda") else "fp32")]
+def choose_dtype(name: str, device: str) -> torch.dtype:
+    """`auto`: bf16 where this device is faster in it, else fp32. Warns of a bf16 that is slower."""
+    if name == "auto":
+        rates = measure_rates(device)
+        log.debug(f"auto is {rates.fastest} on {device}: {rates}")
+        return DTYPES[rates.fastest]
+    if name == "bf16":
+        warn_if_slow(name, device, "--dtype auto takes the faster one.")
+    return DTYPES[name]

@@ -4,13 +4,16 @@ import os
 import shutil
 import subprocess
 from dataclasses import dataclass, replace
+from pathlib import Path
 
+from llm.config import RunConfig
 from llm.log import UserError
 from llm.model.flops import peak_flops
 
 GIB = 1 << 30
 # Of a device's memory: what the driver, NCCL's and cuBLAS's buffers and fragmentation leave to tensors. Assumed, not measured.
 USABLE = 0.92
+CPUINFO = Path("/proc/cpuinfo")
 CPU_FLOPS_PER_CORE = 100e9  # sustained in a training step, not a peak: benchmarks/RESULTS.md has 90 (fp32) to 280 (bf16) G
 
 
@@ -79,6 +82,24 @@ def device_here() -> str:
     done = subprocess.run(["nvidia-smi", "--query-gpu=name", "--format=csv,noheader"], capture_output=True, text=True, check=False)
     words = done.stdout.lower().replace("-", " ").split()
     return next((name for name in sorted(_GPUS, key=len, reverse=True) if set(name.split("-")) <= set(words)), "cpu")
+
+
+def resolve_precision(cfg: RunConfig, device: Device) -> tuple[RunConfig, str | None]:
+    """The config with its precision resolved for this device, and a note where that is an assumption.
+
+    Every GPU of the table is faster in bf16; a CPU where it has instructions for it. Training measures it instead.
+    """
+    if cfg.engine.precision != "auto":
+        return cfg, None
+    precision = "bf16" if device.kind == "cuda" or _has_bf16_products() else "fp32"
+    note = f"assumed: engine.precision auto is {precision} on {device.name}; training measures it"
+    return cfg.in_precision(precision), note
+
+
+def _has_bf16_products() -> bool:
+    """Whether this CPU says that it multiplies in bf16 (Intel's and AMD's names of it)."""
+    words = CPUINFO.read_text().split() if CPUINFO.exists() else []
+    return not {"avx512_bf16", "amx_bf16"}.isdisjoint(words)
 
 
 def _cpu() -> Device:

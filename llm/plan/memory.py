@@ -142,7 +142,7 @@ def _mask_bytes(cfg: RunConfig) -> int:
 
 
 def _compute_bytes(engine: EngineConfig) -> int:
-    return 2 if engine.precision == "bf16" else 4
+    return {"bf16": 2, "fp32": 4}[engine.precision]  # resolved: llm.plan.hardware
 
 
 # ---------------------------------------------------------------- for a moment

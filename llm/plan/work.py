@@ -147,6 +147,20 @@ def evaluation_flops(cfg: RunConfig, work: Work, flops_per_token: int) -> float:
     return evaluations * (cfg.train.eval_rows or 256) * cfg.model.seq_len * flops_per_token / 3
 
 
+def steps_in(seconds: float, cfg: RunConfig, global_rows: int, tokens_per_s: float) -> int:
+    """Steps of `global_rows` that fit into so many seconds of training and validating, within train.total_step_budget.
+
+    At least twice the warm-up: a run that ends in it has learned nothing.
+    """
+    train, step_tokens = cfg.train, global_rows * cfg.model.seq_len
+    most = train.total_step_budget or int(seconds * tokens_per_s / step_tokens)
+    every = interval_steps(train.eval_every, most) or most
+    validation_tokens = (train.eval_rows or 256) * cfg.model.seq_len / 3  # the forward pass alone
+    steps = int(seconds * tokens_per_s / (step_tokens + validation_tokens / max(1, every)))
+    least = 2 * interval_steps(train.warmup_steps, most)
+    return max(1, least, min(steps, most))
+
+
 def positive(**values: float | None) -> None:
     """Raises PlanError for a flag that is given and not above 0."""
     for flag, value in values.items():

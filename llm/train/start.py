@@ -18,6 +18,7 @@ from llm.data.ledger import Ledger
 from llm.data.shards import Shard
 from llm.dist import World, is_restarted
 from llm.engine import Engine, build_engine
+from llm.engine.precision import resolve_precision
 from llm.log import log
 from llm.model.init import build_model
 from llm.model.transformer import Transformer
@@ -70,7 +71,7 @@ class Found:
     """What a sitting begins with: the data, and where the run stands. All of it is checked, and the same on every rank."""
 
     cfg: RunConfig
-    """With the vocabulary settled."""
+    """With the vocabulary and the precision resolved."""
     world: World
     tokenizer: Tokenizer
     train_shards: dict[str, list[Shard]]
@@ -94,6 +95,7 @@ def find(cfg: RunConfig, world: World, options: Options, fork: Fork | None, lock
     world.on_rank_0(lambda: _take_over(cfg.run_folder, lock, options.steal_lock) if cfg.run_folder.is_dir() else None)
     own = None if options.fresh else world.together(lambda: newest(world, cfg.run_folder, options.from_step if fork is None else None))
     checkpoint = world.together(fork.open) if fork and own is None else own
+    cfg = resolve_precision(cfg, world, checkpoint.manifest.config["engine"]["precision"] if checkpoint else None)
     if checkpoint:
         accepted = [*options.accept_change, *(CHANGED_BY_ANNEAL if own is None else ())]
         init_from = None if is_restarted() else options.init_from  # the launcher's words are those of the first start

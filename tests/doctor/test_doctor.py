@@ -155,8 +155,12 @@ def test_attention_is_compared_without_holding_all_scores_of_a_long_row(tmp_path
 @pytest.mark.parametrize("last", [["shared-folder"], pytest.param(["zero"], marks=torture)])
 def test_with_a_config_it_looks_at_the_loader_the_room_and_two_ranks_and_leaves_nothing_behind(tmp_path, last):
     config = make_run(tmp_path)
-    names = ["python", "torch", "gpu", "attention", "deepspeed", "shared-memory", "open-files", "run-folder", "free-space", "loader", "ranks", *last]
-    lines = doctor("--config", config, "zero_stage=2", "--only", ",".join(names), code=0)
+    names = [
+        "python", "torch", "gpu", "precision", "attention", "deepspeed", "shared-memory", "open-files", "run-folder", "free-space", "loader",
+        "ranks", *last,
+    ]  # fmt: skip
+    slow_model = "d_ff=9600"  # that no loader keeps waiting
+    lines = doctor("--config", config, slow_model, "zero_stage=2", "--only", ",".join(names), code=0)
     assert list(lines) == names and {line["status"] for line in lines.values()} <= {"ok", "warn"}
     assert "2 on 1 host" in lines["ranks"]["found"] and "from 2 shards" in lines["loader"]["found"]
     assert "at 8 tokens a row" in lines["attention"]["found"] and not (tmp_path / "checkpoints").exists()

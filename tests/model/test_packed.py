@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from hardware import PACKS_BF16, needs_fast_bf16
 from torch import nn
 
 from llm.config import ModelConfig
@@ -11,7 +12,7 @@ from llm.model.packed import PackedLinear, pack
 pytestmark = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="this torch has no oneDNN")
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("dtype", [torch.float32, pytest.param(torch.bfloat16, marks=needs_fast_bf16)])
 @torch.inference_mode()
 def test_a_packed_model_gives_the_logits_of_the_plain_one(dtype):
     size = dict(n_layers=2, d_model=48, n_heads=4, d_ff=72, seq_len=32, vocab_size=200)
@@ -28,3 +29,15 @@ def test_a_packed_model_gives_the_logits_of_the_plain_one(dtype):
     for length, logits in zip((1, 7, 32), before, strict=True):
         torch.testing.assert_close(model(tokens[:, :length]), logits, atol=1e-4 if dtype == torch.float32 else 0.25, rtol=1e-2)
     torch.testing.assert_close(model(tokens, tokens), loss, rtol=1e-5 if dtype == torch.float32 else 1e-2, atol=0)
+
+
+@pytest.mark.skipif(PACKS_BF16, reason="this CPU packs bf16")
+@torch.inference_mode()
+def test_weights_that_this_cpu_cannot_pack_stay_as_they_are():
+    cfg = ModelConfig(n_layers=1, d_model=48, n_heads=4, d_ff=72, seq_len=32, vocab_size=200)
+    model = build_model(cfg, 1).eval().to(torch.bfloat16)
+    tokens = torch.arange(32)[None]
+    before = model(tokens)
+    pack(model)
+    assert not any(isinstance(module, PackedLinear) for module in model.modules())
+    assert torch.equal(model(tokens), before)

@@ -4,6 +4,7 @@ import json
 from pathlib import Path
 
 import torch
+from hardware import PACKS_BF16
 from ranks import run_ranks
 
 from llm.config import check_config, load_config
@@ -15,6 +16,7 @@ ROOT = Path(__file__).parent.parent.parent
 PRESETS = sorted((ROOT / "configs").glob("*.yaml"))
 STATE = ("weights", "masters", "gradients", "moments")
 TOY = ["vocab_size=4224", "n_layers=2", "batch_size=2", "seq_len=128", "batch_tokens=512"]
+PRECISION = "bf16" if PACKS_BF16 else "fp32"  # of those that do not say: bf16 where it does not take minutes
 FAMILIES = {
     "toy": ["seq_len=256", "batch_size=1"],  # queries of eager attention in two parts
     "fp32": ["precision=fp32", "attention=sdpa"],
@@ -28,7 +30,7 @@ FAMILIES = {
 
 
 def config(*words: str, base: str = "toy"):
-    return load_config(ROOT / "configs" / f"{base}.yaml", list(words))
+    return load_config(ROOT / "configs" / f"{base}.yaml", [f"precision={PRECISION}", *words])
 
 
 def test_the_parameters_of_every_preset_are_those_of_the_real_model():

@@ -12,7 +12,7 @@ from llm.config import load_config
 from llm.log import UserError
 from llm.model.flops import count_params
 from llm.plan import candidates as cut
-from llm.plan import work
+from llm.plan import hardware, work
 
 ROOT = Path(__file__).parent.parent.parent
 
@@ -81,13 +81,13 @@ def test_what_does_not_fit_is_told_with_what_would(tmp_path):
 def test_batch_size_auto_is_planned_as_training_would_settle_it_and_said(tmp_path):
     words = ["batch_size=auto", "batch_tokens=524288"]
     _, screen = planned(tmp_path, "--model", "gpt-1b", "--gpus", 1, "--gpu", "h100", "zero_stage=0", *words)
-    cfg = load_config(ROOT / "configs" / "gpt-1b.yaml", ["zero_stage=0", *words])
+    cfg = load_config(ROOT / "configs" / "gpt-1b.yaml", ["zero_stage=0", "precision=bf16", *words])
     found = cut.candidates(cfg, cut.cluster_of("h100", 1, 8), 0.4)
     mine = cut.as_configured(cfg, found)
     twice = next(c for c in found if (c.row, c.again) == (mine.row, mine.again) and c.plan.micro_rows == 2 * mine.plan.micro_rows)
     assert mine.fits and not twice.fits
     assert f"train.batch_size: auto would be {mine.plan.micro_rows}\n" in screen
-    sharded = load_config(ROOT / "configs" / "gpt-1b.yaml", ["zero_stage=3", *words])
+    sharded = load_config(ROOT / "configs" / "gpt-1b.yaml", ["zero_stage=3", "precision=bf16", *words])
     assert cut.as_configured(sharded, cut.candidates(sharded, cut.cluster_of("h100", 8, 8), 0.4)) is None  # training refuses it
 
 
@@ -139,18 +139,18 @@ def test_damaged_data_are_refused_and_not_taken_for_none(tmp_path):
 
 
 def test_a_micro_batch_of_the_config_that_is_as_fast_as_any_is_kept(tmp_path):
-    cfg = load_config(ROOT / "configs" / "gpt-1b.yaml")
+    cfg = load_config(ROOT / "configs" / "gpt-1b.yaml", ["precision=bf16"])
     found = cut.candidates(cfg, cut.cluster_of("h200", 8, 8), 0.4)
     mine = cut.as_configured(cfg, found)
     assert cut.fastest(found, mine) is mine
-    again = load_config(ROOT / "configs" / "gpt-1b.yaml", ["activation_checkpointing=true"])  # costs a third
+    again = load_config(ROOT / "configs" / "gpt-1b.yaml", ["precision=bf16", "activation_checkpointing=true"])  # costs a third
     found = cut.candidates(again, cut.cluster_of("h200", 8, 8), 0.4)
     slow = cut.as_configured(again, found)
     assert slow.fits and cut.fastest(found, slow) is not slow
 
 
 def test_no_more_blocks_are_computed_again_than_must_be_and_each_costs_the_same_time():
-    cfg = load_config(ROOT / "configs" / "llama-3-8b.yaml")
+    cfg = load_config(ROOT / "configs" / "llama-3-8b.yaml", ["precision=bf16"])
     cluster, n_layers = cut.cluster_of("h100", 8, 8), cfg.model.n_layers
 
     def with_blocks(c: cut.Candidate, blocks: int) -> cut.Candidate:
@@ -177,8 +177,29 @@ def test_the_screen_has_one_row_a_stage_beside_the_configs(tmp_path):
 
 @pytest.mark.parametrize("n_layers", [1, 22, 32, 126, 200])
 def test_the_share_that_is_told_means_as_many_blocks_as_were_planned(n_layers):
-    cfg = load_config(ROOT / "configs" / "toy.yaml", [f"n_layers={n_layers}"])
+    cfg = load_config(ROOT / "configs" / "toy.yaml", ["precision=bf16", f"n_layers={n_layers}"])
     for blocks in range(n_layers + 1):
         share = cut.candidate(cfg, cut.cluster_of("h100", 1, 8), 0.4, 8, 1, activation_checkpointing=blocks / n_layers).share
         assert len(share) <= 5
         assert len(load_config(ROOT / "configs" / "toy.yaml", [f"activation_checkpointing={share}"]).engine.recomputed_blocks(n_layers)) == blocks
+
+
+@pytest.mark.parametrize(("gpu", "flags", "precision"), [
+    ("h100", "avx2", "bf16"), ("cpu", "avx2 avx512f", "fp32"), ("cpu", "avx512f avx512_bf16", "bf16"), ("cpu", "amx_bf16", "bf16"),
+])  # fmt: skip
+def test_auto_precision_is_planned_as_the_device_has_it_and_said(tmp_path, monkeypatch, gpu, flags, precision):
+    (tmp_path / "cpuinfo").write_text(f"flags\t\t: fpu {flags}\n")
+    monkeypatch.setattr(hardware, "CPUINFO", tmp_path / "cpuinfo")
+    cfg, note = hardware.resolve_precision(load_config(ROOT / "configs" / "toy.yaml"), hardware.find_device(gpu))
+    assert cfg.engine.precision == precision and f"auto is {precision} on {gpu}" in note
+    assert hardware.resolve_precision(cfg, hardware.find_device("cpu")) == (cfg, None)
+
+
+def test_steps_that_fit_into_minutes_are_made_from_measured_ones_within_budget_and_above_the_warm_up(tmp_path):
+    config = make_run(tmp_path)
+    words = ["--config", config, "--quiet", "--gpu", "cpu", "--fit-minutes"]
+    counts = [int(plan(*words, minutes, "total_step_budget=100000", "warmup_steps=7").stdout) for minutes in (0.0001, 1)]
+    assert counts[0] == 14 < counts[1] <= 100000
+    assert int(plan(*words, 60, "total_step_budget=40").stdout) == 40
+    cfg = load_config(config, ["total_step_budget=1000", "eval_every=4", "eval_rows=12"])  # as much as a step, each
+    assert work.steps_in(60, cfg, 4, tokens_per_s=4 * SEQ_LEN * 5) == 240

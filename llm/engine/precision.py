@@ -1,0 +1,113 @@
+"""`engine.precision: auto`: bf16 where this machine multiplies matrices faster in it, else fp32."""
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+
+import torch
+
+from llm.config import RunConfig
+from llm.dist import World
+from llm.log import log
+from llm.model.products import times_transposed
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+MIN_SPEEDUP = 1.2  # of bf16 over fp32; below it the coarser rounding buys nothing
+SECONDS = 0.1  # of timing
+FIELD = "engine.precision"
+
+
+@dataclass(frozen=True)
+class Rates:
+    """FLOP/s of a large matrix product on one device, by precision; 0 where it has no such product."""
+
+    fp32: float
+    bf16: float
+
+    @property
+    def fastest(self) -> str:
+        """What `auto` means on this device."""
+        return "bf16" if self.bf16 >= MIN_SPEEDUP * self.fp32 else "fp32"
+
+    def speedup_without(self, precision: str) -> float:
+        """How many times as fast the other precision is."""
+        ours, other = (self.bf16, self.fp32) if precision == "bf16" else (self.fp32, self.bf16)
+        return other / ours if ours else float("inf")
+
+    def __str__(self) -> str:
+        return f"{_giga(self.bf16)} GFLOP/s in bf16, {_giga(self.fp32)} in fp32"
+
+
+def _giga(rate: float) -> str:
+    return f"{rate / 1e9:,.3g}" if rate < 1e11 else f"{rate / 1e9:,.0f}"
+
+
+def measure_rates(device: str) -> Rates:
+    """Time a large product of each precision, by turns, some 100 ms in all."""
+    products = {name: _product(device, dtype) for name, dtype in DTYPES.items()}
+    seconds = {name: float("inf") for name in products}
+    rounds, began_at = 0, time.perf_counter()
+    while rounds < 2 or time.perf_counter() - began_at < SECONDS:  # the first one prepares kernels
+        for name, product in products.items():
+            seconds[name] = min(seconds[name], _seconds_of(product, device))
+        rounds += 1
+    return Rates(**{name: 2 * _matrix_rows(device) ** 3 / s for name, s in seconds.items()})
+
+
+def _product(device: str, dtype: torch.dtype) -> Callable[[], float]:
+    """A product by the library that training uses. It waits for the device."""
+    n = _matrix_rows(device)
+    a, b = (torch.randn(n, n).to(device, dtype) for _ in range(2))
+    return lambda: times_transposed(a, b)[0, 0].item()
+
+
+def _matrix_rows(device: str) -> int:
+    """So many that all cores are busy, and few enough for a CPU that emulates bf16."""
+    if not device.startswith("cpu"):
+        return 4096
+    return 512 if torch.get_num_threads() <= 8 else 2048
+
+
+@torch.no_grad()
+def _seconds_of(product: Callable[[], float], device: str) -> float:
+    """Of one call; infinite where this device or this build of torch has no such product."""
+    started_at = time.perf_counter()
+    try:
+        product()
+    except (RuntimeError, TypeError) as error:
+        log.debug(f"{device}: {error}")
+        return float("inf")
+    return time.perf_counter() - started_at
+
+
+def choose(device: str) -> str:
+    """What `auto` means on this device, logged with the reason."""
+    rates = measure_rates(device)
+    log.info(f"precision: auto is {rates.fastest} on this machine's {device}, {rates}")
+    return rates.fastest
+
+
+def warn_if_slow(precision: str, device: str, advice: str) -> None:
+    """Warn where the other precision is the faster one on this device, with the factor and `advice`."""
+    rates = measure_rates(device)
+    if rates.fastest != precision:
+        factor = f"{rates.speedup_without(precision):,.3g} times as fast as {precision}"
+        log.warning(f"{rates.fastest} is {factor} on this machine's {device}, {rates}. {advice}")
+
+
+def resolve_precision(cfg: RunConfig, world: World, saved: str | None = None) -> RunConfig:
+    """`cfg` with its precision resolved, the same on every rank. Collective.
+
+    `auto` is what the run's checkpoint has (`saved`), in a new run what rank 0 measures.
+    """
+    given = cfg.engine.precision
+    if given == "auto" and saved is None:
+        return cfg.in_precision(world.on_rank_0(lambda: choose(world.device)))
+    precision = saved if given == "auto" else given
+    if world.rank == 0 and given == "auto":
+        other = {"bf16": "fp32", "fp32": "bf16"}[precision]
+        change = f"{FIELD}={other} --accept-change {FIELD}"
+        warn_if_slow(precision, world.device, f"The run keeps {precision}, unless you add {change}.")
+    elif world.rank == 0 and precision == "bf16":  # fp32 may be asked for, whatever it costs
+        warn_if_slow(precision, world.device, f"{FIELD}=fp32 or auto takes the faster one.")
+    return cfg.in_precision(precision)
