@@ -56,14 +56,14 @@ def _driver() -> str:
 
 def precision(device: str, wanted: str) -> Line:
     """What engine.precision computes in here, and how fast this device multiplies in it."""
-    from llm.engine.precision import measure_rates
+    from llm.engine.precision import MIN_SPEEDUP, measure_rates
 
     rates = measure_rates(device)
     chosen = rates.fastest if wanted == "auto" else wanted
     found = f"{chosen}{' (auto)' if wanted == 'auto' else ''}: {rates}"
-    factor = f"{rates.speedup_without(chosen):,.3g} times as fast"
-    advice = f"{rates.fastest} is {factor} here: engine.precision=auto takes it in a new run."
-    is_slow = (chosen, rates.fastest) == ("bf16", "fp32")  # fp32 may be asked for, whatever it costs
+    factor = rates.speedup_without(chosen)
+    advice = f"fp32 is {factor:,.3g} times as fast here: engine.precision=auto takes it in a new run."
+    is_slow = chosen == "bf16" and factor >= MIN_SPEEDUP  # fp32 may be asked for, whatever it costs
     return Line("precision", WARN if is_slow else OK, found, advice)
 
 

@@ -31,11 +31,15 @@ class Rates:
 
     def speedup_without(self, precision: str) -> float:
         """How many times as fast the other precision is."""
-        ours, other = (self.bf16, self.fp32) if precision == "bf16" else (self.fp32, self.bf16)
+        ours, other = getattr(self, precision), getattr(self, _other(precision))
         return other / ours if ours else float("inf")
 
     def __str__(self) -> str:
         return f"{_giga(self.bf16)} GFLOP/s in bf16, {_giga(self.fp32)} in fp32"
+
+
+def _other(precision: str) -> str:
+    return {"bf16": "fp32", "fp32": "bf16"}[precision]
 
 
 def _giga(rate: float) -> str:
@@ -88,11 +92,12 @@ def choose(device: str) -> str:
 
 
 def warn_if_slow(precision: str, device: str, advice: str) -> None:
-    """Warn where the other precision is the faster one on this device, with the factor and `advice`."""
+    """Warn where the other precision is clearly faster on this device, with the factor and `advice`."""
     rates = measure_rates(device)
-    if rates.fastest != precision:
-        factor = f"{rates.speedup_without(precision):,.3g} times as fast as {precision}"
-        log.warning(f"{rates.fastest} is {factor} on this machine's {device}, {rates}. {advice}")
+    factor = rates.speedup_without(precision)
+    if factor >= MIN_SPEEDUP:
+        told = f"{_other(precision)} is {factor:,.3g} times as fast as {precision}"
+        log.warning(f"{told} on this machine's {device}, {rates}. {advice}")
 
 
 def resolve_precision(cfg: RunConfig, world: World, saved: str | None = None) -> RunConfig:
@@ -105,8 +110,7 @@ def resolve_precision(cfg: RunConfig, world: World, saved: str | None = None) ->
         return cfg.in_precision(world.on_rank_0(lambda: choose(world.device)))
     precision = saved if given == "auto" else given
     if world.rank == 0 and given == "auto":
-        other = {"bf16": "fp32", "fp32": "bf16"}[precision]
-        change = f"{FIELD}={other} --accept-change {FIELD}"
+        change = f"{FIELD}={_other(precision)} --accept-change {FIELD}"
         warn_if_slow(precision, world.device, f"The run keeps {precision}, unless you add {change}.")
     elif world.rank == 0 and precision == "bf16":  # fp32 may be asked for, whatever it costs
         warn_if_slow(precision, world.device, f"{FIELD}=fp32 or auto takes the faster one.")

@@ -78,8 +78,21 @@ def test_a_run_in_fp32_is_told_of_the_machine_that_is_faster_in_bf16(tmp_path):
     assert "2 times as fast" in told and precision_of(config) == "fp32"
 
 
+def test_a_machine_that_is_about_as_fast_in_both_rings_no_alarm_on_resume(tmp_path):
+    config = make_run(tmp_path)
+    on_ranks(tmp_path, config, [FAST], AUTO)
+    assert on_ranks(tmp_path, config, [ALIKE], AUTO, AUTO) == ["", ""]
+    assert precision_of(config) == "bf16"
+
+
 @pytest.mark.parametrize(
-    ("rates", "given", "factor"), [(EMULATED, "bf16", "33.3 times"), (FAST, "bf16", ""), (FAST, "fp32", "")]
+    ("rates", "given", "factor"),
+    [
+        (EMULATED, "bf16", "33.3 times"),
+        (ALIKE, "bf16", ""),
+        (FAST, "bf16", ""),
+        (FAST, "fp32", ""),
+    ],
 )
 def test_a_precision_that_is_asked_for_is_taken_and_a_slow_bf16_warned_of(tmp_path, rates, given, factor):
     config = make_run(tmp_path)
