@@ -11,11 +11,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from llm.checkpoint import folder
+from llm.checkpoint.errors import CheckpointError
 from llm.checkpoint.folder import Entry
 from llm.checkpoint.hashes import file_sha256, tokenizer_records
+from llm.checkpoint.invariants import check_invariants
 from llm.checkpoint.manifest import NAME, WEIGHTS_FORMAT, File, Manifest, Parent, read_manifest
 from llm.checkpoint.resume import Checkpoint, damage
-from llm.checkpoint.slices import CheckpointError
 from llm.checkpoint.weights import write_weights
 from llm.log import log
 
@@ -42,7 +43,7 @@ def apply_retention(run: Path, rules: Retention, protect: Iterable[Path], apart:
     found = [entry for entry in folder.entries(run, thinned=True) if entry.path not in apart]
     manifests = {entry: manifest for entry in found if (manifest := _readable(entry.path))}
     whole = [entry for entry in manifests if entry.is_whole]
-    as_it_is = set(whole[-rules.last :]) | {e for e in found if e.path in protected or e not in manifests}  # unreadable: for resume to judge
+    as_it_is = set(whole[-rules.last :]) | {e for e in found if e.path in protected or e not in manifests}
     keep = {entry.save for entry in as_it_is | set(_chosen(manifests, rules))}
     for save in {entry.save: None for entry in found}:
         both = {entry.is_whole: entry for entry in found if entry.save == save}
@@ -58,8 +59,11 @@ def apply_retention(run: Path, rules: Retention, protect: Iterable[Path], apart:
 
 
 def _readable(path: Path) -> Manifest | None:
+    """None for one that cannot be read, is another run's or contradicts itself: that is for resume and a person to judge."""
     try:
-        return read_manifest(path)
+        manifest = read_manifest(path)
+        check_invariants(path, manifest)
+        return manifest
     except CheckpointError as error:
         log.warning(str(error))
         return None

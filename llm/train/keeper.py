@@ -11,9 +11,10 @@ import llm
 from llm import durable
 from llm.batch_plan import BatchPlan
 from llm.checkpoint import folder
+from llm.checkpoint.errors import CheckpointError
 from llm.checkpoint.hashes import file_sha256
 from llm.checkpoint.lock import LockLost, RunLock
-from llm.checkpoint.manifest import NAME, Manifest, Parameter, Parent
+from llm.checkpoint.manifest import NAME, BatchSince, Manifest, Parameter, Parent
 from llm.checkpoint.resume import Checkpoint
 from llm.checkpoint.retention import Retention, apply_retention
 from llm.checkpoint.saver import Save
@@ -57,6 +58,7 @@ class Keeper:
         self.parent = Parent(name=parent.folder.name, manifest_sha256=file_sha256(parent.folder / NAME)) if parent else None
         self.lineage = [*parent.manifest.lineage, parent.folder.name] if parent and not is_fork else []
         self.resumed_from = parent.folder if parent else None
+        self.batch_since = _batch_since(parent, plan.global_rows)
         self.saved_step = parent.manifest.step if parent else 0
         self.write_s = 0.0
         """How long the last save took to write, in this process or its thread."""
@@ -114,6 +116,7 @@ class Keeper:
             lineage=self.lineage,
             world_size=self.world.size,
             global_rows=self.plan.global_rows,
+            batch_since=self.batch_since,
             config=self.cfg.model_dump(mode="json"),
             tokenizer_fingerprint=self.tokenizer.fingerprint,
             ledger=at.ledger.to_json(),
@@ -143,7 +146,7 @@ class Keeper:
             write_view(self.run, self.view)
             protect = {path} | ({self.resumed_from} if self.resumed_from else set())
             apply_retention(self.run, self._retention(), protect, folder.other_branches(self.run, self.attempt, self.lineage))
-        except (OSError, LockLost) as error:
+        except (OSError, CheckpointError, LockLost) as error:
             log.warning(f"After saving {path.name}: {error}.")
         log.info(f"saved {path}")
 
@@ -151,6 +154,17 @@ class Keeper:
         keep, phase = self.cfg.checkpoint, self._ledger.phases[-1]
         every = interval_steps(keep.keep_every, horizon(self.cfg, phase, self.plan.global_rows, self.saved_step).length)
         return Retention(keep.keep_last, keep.keep_best, keep.keep_epochs, every, keep.thin)
+
+
+def _batch_since(parent: Checkpoint | None, global_rows: int) -> BatchSince:
+    """Where the global batch of this attempt began: with the run, or where it was another one or nothing is known of it."""
+    if parent is None:
+        return BatchSince(step=0, draws=0)
+    manifest = parent.manifest
+    if manifest.batch_since and manifest.global_rows == global_rows:
+        return manifest.batch_since
+    draws = sum(phase.consumed for phase in Ledger.from_json(manifest.ledger).phases)
+    return BatchSince(step=manifest.step, draws=draws)
 
 
 def write_view(run: Path, view: dict) -> None:

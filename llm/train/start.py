@@ -25,6 +25,7 @@ from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.anneal import CHANGED_BY_ANNEAL, Fork
 from llm.train.datasets import open_shards
 from llm.train.drift import check_drift
+from llm.train.invariants import RESUMABLE
 from llm.train.loop import Progress
 from llm.train.phases import Wish, choose_phase
 
@@ -92,7 +93,7 @@ def find(cfg: RunConfig, world: World, options: Options, fork: Fork | None, lock
     cfg = cfg.model_copy(update={"model": world.together(lambda: cfg.model.with_vocab(tokenizer.vocab_size))})
     train_shards, val_shards = open_shards(cfg, tokenizer, world)
     world.on_rank_0(lambda: _take_over(cfg.run_folder, lock, options.steal_lock) if cfg.run_folder.is_dir() else None)
-    own = None if options.fresh else world.together(lambda: newest(world, cfg.run_folder, options.from_step if fork is None else None))
+    own = None if options.fresh else world.together(lambda: newest(world, cfg.run_folder, options.from_step if fork is None else None, RESUMABLE))
     checkpoint = world.together(fork.open) if fork and own is None else own
     if checkpoint:
         accepted = [*options.accept_change, *(CHANGED_BY_ANNEAL if own is None else ())]
