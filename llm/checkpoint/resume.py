@@ -1,10 +1,11 @@
 """Resuming: find the newest checkpoint that is whole, agreed by all ranks; readers open one without changing anything."""
 
 import os
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from llm.checkpoint import folder
 from llm.checkpoint.errors import CheckpointError, Damaged, Gone, Unjudged, is_gone, system_errors
@@ -14,8 +15,9 @@ from llm.checkpoint.plain_files import open_file, sha256_of
 from llm.checkpoint.slices import SliceReader
 from llm.cli import NEEDS_A_PERSON
 from llm.dist import World
-from llm.log import log
+from llm.log import UserError, log
 
+Result = TypeVar("Result")
 LOOKS = 10  # of a reader whose checkpoint is deleted by the run that trains each time that it has found it
 
 
@@ -105,6 +107,25 @@ def open_checkpoint(path: str | Path, step: int | None = None, rules: Mapping[st
         except Gone as error:
             gone = error
             log.warning(f"{error} Looking once more.")
+    raise gone
+
+
+def read_checkpoint(path: str | Path, step: int | None, read: Callable[[Checkpoint], Result]) -> Result:
+    """`read` applied to what `open_checkpoint` gives, and to the next newest when the run that trains deletes that one meanwhile.
+
+    Raises what they raise; Gone when the checkpoint's own folder was asked for.
+    """
+    for _ in range(LOOKS):
+        checkpoint = open_checkpoint(path, step)
+        try:
+            return read(checkpoint)
+        except (UserError, OSError):
+            if not is_gone(checkpoint.folder.absolute()):
+                raise
+            gone = Gone(checkpoint.folder)
+        if checkpoint.folder == Path(path):
+            break
+        log.warning(f"{gone} Looking once more.")
     raise gone
 
 

@@ -6,7 +6,8 @@ and the next call goes on from there.
 """
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -28,7 +29,7 @@ class Retention:
     last: int
     """So many of the newest whole ones whose manifest can be read, always whole."""
     best: int = 0
-    """So many with the lowest validation loss."""
+    """So many with the lowest validation loss, among those of one measure: a loss on other rows says nothing about these."""
     epochs: bool = False
     """Ends of epochs."""
     every: int = 0
@@ -58,6 +59,16 @@ def apply_retention(run: Path, rules: Retention, protect: Iterable[Path], apart:
                 folder.remove(entry.path)
 
 
+def val_losses(run: Path, measure: str, apart: Collection[Path]) -> list[float]:
+    """Validation losses of this measure, one of each save that is there and not `apart`."""
+    found = {}
+    for entry in folder.entries(run, thinned=True):
+        manifest = None if entry.path in apart else _readable(entry.path)
+        if manifest and manifest.validated_on == measure and manifest.metrics.get("val_loss") is not None:
+            found[entry.save] = manifest.metrics["val_loss"]
+    return list(found.values())
+
+
 def _readable(path: Path) -> Manifest | None:
     """None for one that cannot be read, is another run's or contradicts itself: that is for resume and a person to judge."""
     try:
@@ -70,8 +81,12 @@ def _readable(path: Path) -> Manifest | None:
 
 
 def _chosen(manifests: dict[Entry, Manifest], rules: Retention) -> Iterator[Entry]:
-    scored = {entry.save: (m.metrics["val_loss"], entry) for entry, m in manifests.items() if m.metrics.get("val_loss") is not None}
-    yield from (entry for _, entry in sorted(scored.values())[: rules.best])
+    scored = defaultdict(dict)
+    for entry, manifest in manifests.items():
+        if (loss := manifest.metrics.get("val_loss")) is not None:
+            scored[manifest.validated_on][entry.save] = (loss, entry)
+    for of_measure in scored.values():
+        yield from (entry for _, entry in sorted(of_measure.values())[: rules.best])
     reached = 0
     for entry in sorted(manifests, key=lambda e: (e.step, e.attempt)):
         if rules.epochs and manifests[entry].epoch_end:

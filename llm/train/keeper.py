@@ -16,7 +16,7 @@ from llm.checkpoint.hashes import file_sha256
 from llm.checkpoint.lock import LockLost, RunLock
 from llm.checkpoint.manifest import NAME, BatchSince, Manifest, Parameter, Parent
 from llm.checkpoint.resume import Checkpoint
-from llm.checkpoint.retention import Retention, apply_retention
+from llm.checkpoint.retention import Retention, apply_retention, val_losses
 from llm.checkpoint.saver import Save
 from llm.checkpoint.staging import Staging
 from llm.checkpoint.template import write_template
@@ -46,12 +46,13 @@ class Keeper:
         lock: RunLock,
         probe: Probe,
         template: dict | None,
+        validated_on: str,
         is_fork: bool = False,
     ):
         """`parent`: where the run goes on from; with `is_fork` it is another run's, and this one begins its own history there. `template`:
-        of the conversations it is trained on."""
+        of the conversations it is trained on. `validated_on`: digest of what validation losses are measured on."""
         self.cfg, self.plan, self.world, self.engine, self.tokenizer = cfg, plan, world, engine, tokenizer
-        self.lock, self.probe, self.template = lock, probe, template
+        self.lock, self.probe, self.template, self.validated_on = lock, probe, template, validated_on
         self.run = cfg.run_folder
         self.run_id = parent.manifest.run_id if parent and not is_fork else world.broadcast(uuid.uuid4().hex)
         self.attempt = world.on_rank_0(lock.take)  # the lock's token: attempts that never saved count too
@@ -62,6 +63,8 @@ class Keeper:
         self.saved_step = parent.manifest.step if parent else 0
         self.write_s = 0.0
         """How long the last save took to write, in this process or its thread."""
+        self._losses: list[float] = world.on_rank_0(self._saved_losses)
+        """Validation losses, by today's measure, of the checkpoints of this branch that are there or were when this sitting began."""
         self._staging = Staging() if cfg.checkpoint.async_save else None
         self._saving: Save | None = None
         self._ledger: Ledger | None = None  # as of the save on its way
@@ -96,9 +99,19 @@ class Keeper:
         path = saving.commit()
         self.saved_step, self.write_s = saving.manifest.step, saving.seconds
         self.parent = Parent(name=path.name, manifest_sha256=self.world.on_rank_0(lambda: file_sha256(path / NAME)))
+        if (loss := saving.manifest.metrics.get("val_loss")) is not None:
+            self._losses.append(loss)
         if self.world.rank == 0:
             self._after_commit(path)
         return self.saved_step
+
+    def is_among_best(self, val_loss: float | None) -> bool:
+        """Whether retention would keep a checkpoint with this validation loss for its being one of the best. The same on every rank."""
+        best = sorted(self._losses)[: self.cfg.checkpoint.keep_best]
+        return val_loss is not None and (len(best) < self.cfg.checkpoint.keep_best or any(val_loss < loss for loss in best))
+
+    def _saved_losses(self) -> list[float]:
+        return val_losses(self.run, self.validated_on, folder.other_branches(self.run, self.attempt, self.lineage))
 
     def close(self) -> None:
         """Let go of a save that can be committed no more."""
@@ -124,6 +137,7 @@ class Keeper:
             engine=self.engine.state(),
             versions={"tally": llm.__version__, "torch": torch.__version__, "python": platform.python_version()},
             metrics=dict(at.metrics),
+            validated_on=self.validated_on,
             recent={key: list(values) for key, values in at.recent.items()},
             probe=self.probe.taken(),
             epoch_end=at.epoch_end,

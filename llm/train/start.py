@@ -19,12 +19,13 @@ from llm.data.shards import Shard
 from llm.dist import World, is_restarted
 from llm.engine import Engine, build_engine
 from llm.log import log
+from llm.model.huggingface_weights import parameter_shapes
 from llm.model.init import build_model
 from llm.model.transformer import Transformer
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.anneal import CHANGED_BY_ANNEAL, Fork
 from llm.train.datasets import open_shards
-from llm.train.drift import check_drift
+from llm.train.drift import check_drift, check_source
 from llm.train.invariants import RESUMABLE
 from llm.train.loop import Progress
 from llm.train.phases import Wish, choose_phase
@@ -190,10 +191,17 @@ def build_loaded_engine(cfg: RunConfig, world: World, checkpoint: Checkpoint | N
     return engine
 
 
-def open_source(init_from: str | None, cfg: RunConfig, tokenizer: Tokenizer) -> Checkpoint | None:
-    """The checkpoint that --init-from names."""
-    if init_from is None:
+def open_source(world: World, options: Options, cfg: RunConfig, tokenizer: Tokenizer) -> Checkpoint | None:
+    """The checkpoint that --init-from names, whose weights mean in this model what they meant in their own. Collective; writes nothing."""
+    if options.init_from is None:
         return None
+    source = world.together(lambda: _open_source(options.init_from, cfg, tokenizer))
+    world.on_rank_0(lambda: check_source(source.folder, source.manifest.config, cfg, options.accept_change))  # once, and told once
+    world.together(lambda: _check_shapes(source, cfg))
+    return source
+
+
+def _open_source(init_from: str, cfg: RunConfig, tokenizer: Tokenizer) -> Checkpoint:
     source = open_checkpoint(init_from)
     if source.folder.resolve().is_relative_to(cfg.run_folder.resolve()):
         raise ConfigError(f"--init-from {init_from} is the run that --fresh moves aside. Choose another checkpoint.run_name for the new one.")
@@ -206,12 +214,15 @@ def open_source(init_from: str | None, cfg: RunConfig, tokenizer: Tokenizer) -> 
     return source
 
 
-def _copy_weights(source: Checkpoint, model: nn.Module) -> None:
-    """Weights alone: a new run has its own moments and ledger."""
-    here, there = {name: tuple(p.shape) for name, p in model.named_parameters()}, dict(source.manifest.shapes)
+def _check_shapes(source: Checkpoint, cfg: RunConfig) -> None:
+    here, there = dict(parameter_shapes(cfg.model)), dict(source.manifest.shapes)
     if here != there:
         odd = [f"{n}: {there.get(n)} there, {here.get(n)} here" for n in sorted({*here, *there}) if there.get(n) != here.get(n)]
         raise CheckpointError(f"{source.folder}: its model has other dimensions ({'; '.join(odd[:3])}). Use the same model section.")
+
+
+def _copy_weights(source: Checkpoint, model: nn.Module) -> None:
+    """Weights alone: a new run has its own moments and ledger."""
     for name, parameter in model.named_parameters():
         parameter.data.copy_(source.reader.read_full(name))
     log.info(f"weights from {source.folder}")

@@ -6,7 +6,8 @@ import os
 from pathlib import Path
 
 import pytest
-from test_save_and_resume import NUMEL, forge, names, save_step
+from resealing import forge
+from test_save_and_resume import NUMEL, names, save_step
 
 from llm.checkpoint import manifest as manifest_module
 from llm.checkpoint.errors import Unjudged
