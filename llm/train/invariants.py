@@ -2,8 +2,10 @@
 
 from pathlib import Path
 
+import llm
 from llm.checkpoint.invariants import INVARIANTS, Rule
 from llm.checkpoint.manifest import Manifest
+from llm.config import SECTIONS
 from llm.data.audit import step_problems
 from llm.data.ledger import Ledger, LedgerError
 
@@ -12,6 +14,17 @@ def _config(path: Path, manifest: Manifest) -> str | None:
     """The sections that the other rules look into."""
     missing = next((name for name in ("model", "train") if not isinstance(manifest.config.get(name), dict)), None)
     return f"config has no section {missing}" if missing else None
+
+
+def _settings(path: Path, manifest: Manifest) -> str | None:
+    """One that this version does not know would not be kept to, without a word."""
+    for section, fields in manifest.config.items():
+        known = SECTIONS[section].model_fields if section in SECTIONS else {}
+        unknown = [key for key in fields if key not in known] if isinstance(fields, dict) else []
+        if section not in SECTIONS or unknown:
+            name, theirs = ".".join([section, *unknown[:1]]), manifest.versions.get("tally", "unknown")
+            return f"config.{name} is no setting of this version (written by Tally {theirs}, this is {llm.__version__})"
+    return None
 
 
 def _configured_batch(path: Path, manifest: Manifest) -> str | None:
@@ -84,4 +97,6 @@ def _optimizer(ledger: Ledger, manifest: Manifest) -> str | None:
     return f"engine.optimizer_step is {counted!r}, but {applied:,} of {manifest.step:,} steps were applied"
 
 
-RESUMABLE: dict[str, Rule] = INVARIANTS | {"config": _config, "configured batch": _configured_batch, "ledger": _ledger}
+RESUMABLE: dict[str, Rule] = INVARIANTS | {
+    "config": _config, "settings": _settings, "configured batch": _configured_batch, "ledger": _ledger,
+}  # fmt: skip

@@ -93,7 +93,7 @@ def find(cfg: RunConfig, world: World, options: Options, fork: Fork | None, lock
     tokenizer = world.together(lambda: load_tokenizer(cfg.tokenizer.tokenizer_path, cfg.tokenizer.tokenizer_type))
     cfg = cfg.model_copy(update={"model": world.together(lambda: cfg.model.with_vocab(tokenizer.vocab_size))})
     train_shards, val_shards = open_shards(cfg, tokenizer, world)
-    world.on_rank_0(lambda: _take_over(cfg.run_folder, lock, options.steal_lock) if cfg.run_folder.is_dir() else None)
+    world.on_rank_0(lambda: _take_over(cfg.run_folder, lock, options.steal_lock) if folder.is_there(cfg.run_folder) else None)
     own = None if options.fresh else world.together(lambda: newest(world, cfg.run_folder, options.from_step if fork is None else None, RESUMABLE))
     checkpoint = world.together(fork.open) if fork and own is None else own
     if checkpoint:
@@ -187,7 +187,7 @@ def build_loaded_engine(cfg: RunConfig, world: World, checkpoint: Checkpoint | N
             f"Its files are sound, so this is a fault of the program or of this machine's memory; nothing was changed."
         )
     rng = checkpoint.folder / f"rank-{world.rank:05d}-of-{world.size:05d}.json"
-    world.together(lambda: load_rng_state(rng) if rng.exists() else None)
+    world.together(lambda: load_rng_state(rng) if folder.is_there(rng) else None)
     return engine
 
 

@@ -109,6 +109,10 @@ BROKEN = {
     "config": [
         put("config", {}), put("config.train", 1), put("config.train", []), put("config", {"train": {}}), put("config", {"model": {}, "train": None}),
     ],
+    "settings": [
+        put("config.train.ema", 0.999), put("config.moe", {"experts": 8}), put("config.data.mixture", None), put("config.engine.fp8", True),
+        put("config.moe", 7), put("config.eval.tasks2", []),
+    ],
     "configured batch": [put("global_rows", n) for n in (1, 3, 5, 8, 400)],
     "ledger": [
         no_phases, only_unfinished, put("ledger", {}), put("ledger.version", 99), put("tokens_seen", 10**6), put("engine", {}),
