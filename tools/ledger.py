@@ -81,7 +81,7 @@ def _verify(args) -> None:
     from llm.data.audit import audit_phase, step_problems
     from llm.log import progress
 
-    checkpoint = open_checkpoint(args.run, args.step, rules={})  # what contradicts is told with all the rest
+    checkpoint = open_checkpoint(args.run, args.step, rules={})  # contradictions are told below
     manifest, ledger, line = _described(checkpoint)
     print(line)
     data = _shards_at_hand(manifest, args)

@@ -1,4 +1,4 @@
-"""What can be wrong with a checkpoint: its content, as a hash proves; or that nobody here can tell; or that it is gone."""
+"""What can be wrong with a checkpoint: proven damage, something that nobody can judge, or gone."""
 
 import errno
 import os
@@ -9,13 +9,13 @@ from pathlib import Path
 from llm.cli import NEEDS_A_PERSON, RETRY
 from llm.log import UserError
 
-# What may be over a moment later, without anybody's help. A disk that answers EIO may be failing for
-# good, and a limit on open files may be too low: launchers end such retries (see clusters/).
-_TRANSIENT = {
-    errno.EIO, errno.ESTALE, errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN, errno.EINTR,
-    errno.ETIMEDOUT, errno.EBUSY, errno.ENOLINK, errno.EHOSTDOWN, errno.EHOSTUNREACH,
-    errno.ECONNRESET, errno.ECONNREFUSED, errno.ENOTCONN, errno.EREMOTEIO,
-}  # fmt: skip
+# What may be over a moment later, without anybody's help. A disk that answers EIO may be failing
+# for good, and a limit on open files may be too low: launchers end such retries (see clusters/).
+_PASSING = (
+    "EIO ESTALE EMFILE ENFILE ENOMEM EAGAIN EINTR ETIMEDOUT EBUSY ENOLINK EHOSTDOWN EHOSTUNREACH "
+    "ECONNRESET ECONNREFUSED ENOTCONN EREMOTEIO"
+)
+_TRANSIENT = {getattr(errno, name, None) for name in _PASSING.split()}  # not every system has all
 _DENIED = {errno.EACCES, errno.EPERM}
 
 
@@ -24,11 +24,17 @@ class CheckpointError(UserError):
 
 
 class Damaged(CheckpointError):
-    """Its content is not what was saved, as a hash, a size or a list of files proves. Only this may be moved to quarantine."""
+    """A hash, a size or a missing file proves that its content is not what was saved.
+
+    Only this may be moved to quarantine.
+    """
 
 
 class Unjudged(CheckpointError):
-    """Whether it is what was saved cannot be told here, or it is sealed and contradicts itself. It stays where it is."""
+    """Whether it is what was saved cannot be told here, or it is sealed and contradicts itself.
+
+    It stays where it is.
+    """
 
     exit_code = NEEDS_A_PERSON
 
@@ -40,7 +46,10 @@ class Unreadable(Unjudged):
         path = error.filename if isinstance(error.filename, str | Path) else path
         if error.errno in _TRANSIENT:
             self.exit_code = RETRY
-        super().__init__(f"{path}: cannot be read ({system_answer(error)}), so nothing is known of its content. {_advice(error)}")
+        super().__init__(
+            f"{path}: cannot be read ({_answer(error)}), so nothing is known of its content. "
+            f"Nothing was moved. {_advice(error)}"
+        )
 
 
 class Gone(CheckpointError):
@@ -50,12 +59,12 @@ class Gone(CheckpointError):
 
     def __init__(self, checkpoint: Path):
         super().__init__(
-            f"{checkpoint}: was deleted while it was read, as a run that trains deletes its older checkpoints (checkpoint.keep_last). "
-            f"Run again to read the newest one."
+            f"{checkpoint}: was deleted while it was read, as a run that trains deletes its older "
+            f"checkpoints (checkpoint.keep_last). Run again to read the newest one."
         )
 
 
-def system_answer(error: OSError) -> str:
+def _answer(error: OSError) -> str:
     """'EACCES, Permission denied'."""
     name = errno.errorcode.get(error.errno, f"errno {error.errno}")
     return f"{name}, {os.strerror(error.errno)}" if error.errno else str(error)
@@ -63,10 +72,12 @@ def system_answer(error: OSError) -> str:
 
 def _advice(error: OSError) -> str:
     if error.errno in _DENIED:
-        return "Nothing was moved. Run as a user who may read it, or change its permissions, then run again."
+        return "Run as a user who may read it, or change its permissions, then run again."
     if error.errno in (errno.EMFILE, errno.ENFILE):
-        return "Nothing was moved. Too many files are open: run again, with a higher 'ulimit -n' if that does not help."
-    return "Nothing was moved. Look at the disk or the mount that it is on, then run again."
+        return (
+            "Too many files are open: run again, with a higher 'ulimit -n' if that does not help."
+        )
+    return "Look at the disk or the mount that it is on, then run again."
 
 
 @contextmanager

@@ -53,9 +53,10 @@ def weights_name(step: int, attempt: int) -> str:
 
 
 def entries(run: Path, thinned: bool = False) -> list[Entry]:
-    """Committed checkpoints that can be resumed from, oldest first; with `thinned`, also those that only have their weights left.
+    """Folders called like checkpoints that can be resumed from, oldest first; with `thinned`, also
+    like those that only have their weights left.
 
-    Named so: what they hold is for `read_manifest` and the invariants to say. Raises Unreadable when the folder cannot be looked into.
+    What they hold is for `read_manifest` and the invariants to say. Raises Unreadable.
     """
     found = []
     with system_errors(run):
@@ -75,14 +76,17 @@ def _listed(folder: Path) -> list[str]:
 
 
 def _is_folder(path: Path) -> bool:
-    """Raises OSError, and Unjudged for a link to what is not there, a disk that is not mounted, say."""
+    """Raises OSError, and Unjudged for a link to what is not there (a disk that is not mounted)."""
     try:
         return stat.S_ISDIR(os.stat(path).st_mode)
     except FileNotFoundError:
         if not path.is_symlink():
             return False  # deleted since it was listed
     target = os.readlink(path)
-    raise Unjudged(f"{path}: is a link to {target}, which is not there. Nothing was moved. Mount or restore what it leads to, or remove the link.")
+    raise Unjudged(
+        f"{path}: is a link to {target}, which is not there. Nothing was moved. Mount or restore "
+        f"what it leads to, or remove the link."
+    )
 
 
 def is_there(path: Path) -> bool:
@@ -134,7 +138,8 @@ def mark_run(run: Path, run_id: str) -> None:
 
 
 def run_ids(run: Path, besides: Path) -> dict[str, str]:
-    """Which run the folder is of, by what says so: RUN.json, or else the checkpoints other than `besides`. Raises Unreadable."""
+    """Which run the folder is of, by what says so: RUN.json, else the checkpoints other than
+    `besides`. Raises Unreadable."""
     with system_errors(run / MARK):
         try:
             return {MARK: str(json.loads((run / MARK).read_bytes())["run_id"])}
@@ -149,10 +154,8 @@ def run_ids(run: Path, besides: Path) -> dict[str, str]:
 
 
 def has_committed(run: Path) -> bool:
-    """Whether anything tells so: a kill may have come between the first commit and its RUN.json, and that checkpoint be in quarantine.
-
-    Raises Unreadable.
-    """
+    """Whether anything tells so: a kill may have come between the first commit and its RUN.json,
+    and that checkpoint be in quarantine. Raises Unreadable."""
     return is_there(run / MARK) or is_there(run / "quarantine") or bool(entries(run, thinned=True))
 
 

@@ -1,11 +1,13 @@
-"""What holds of every checkpoint that this program has written, whatever its hashes say: its name, its run, and numbers that fit together.
+"""What holds of every checkpoint that this program has written: name, run, numbers that fit.
 
-A seal shows only that nobody changed a manifest without sealing it again, and a folder may be copied, renamed or laid among
-another run's. Each rule looks at a checkpoint's path and manifest and returns what contradicts, with both values, or None.
-What a ledger or an engine means is not known here: those who know add their own rules (llm/train/invariants.py).
+Hashes show only that files and manifest are those that were sealed together. A folder may still be
+copied, renamed or laid among another run's, and a manifest edited and sealed again. Each rule looks
+at a checkpoint's path and manifest and returns what contradicts, with both values, or None. What a
+ledger or an engine's state means is not known here: llm/train/invariants.py adds rules for them.
 """
 
 import re
+from collections import Counter
 from collections.abc import Callable, Mapping
 from itertools import pairwise
 from pathlib import Path
@@ -23,14 +25,13 @@ Rule = Callable[[Path, Manifest], str | None]
 
 
 def _name(path: Path, manifest: Manifest) -> str | None:
-    match = COMMITTED.fullmatch(path.name)
-    if match is None:  # a copy that a person has called something else
+    if not COMMITTED.fullmatch(path.name):  # a copy that a person has called something else
         return None
     named = folder.step_name if manifest.is_whole else folder.weights_name
-    true_name = named(manifest.step, manifest.attempt)
-    if path.name != true_name:
-        return f"the folder is called {path.name}, but its manifest is that of {true_name}"
-    return None
+    own = named(manifest.step, manifest.attempt)
+    if path.name == own:
+        return None
+    return f"the folder is called {path.name}, but its manifest is that of {own}"
 
 
 def _run(path: Path, manifest: Manifest) -> str | None:
@@ -38,18 +39,22 @@ def _run(path: Path, manifest: Manifest) -> str | None:
         return None
     for where, run_id in folder.run_ids(path.parent, path).items():
         if run_id != manifest.run_id:
-            return f"it is of the run {manifest.run_id}, but the folder's {where} is of the run {run_id}"
+            mine = manifest.run_id
+            return f"it is of the run {mine}, but the folder's {where} is of the run {run_id}"
     return None
 
 
 def _files(path: Path, manifest: Manifest) -> str | None:
-    names = [file.path for file in manifest.files]
-    twice = next((name for name in names if names.count(name) > 1), None) if len(set(names)) < len(names) else None
-    return f"{twice} is listed twice" if twice else next(iter(manifest.gaps), None)
+    for name, n in Counter(file.path for file in manifest.files).items():
+        if n > 1:
+            return f"{name} is listed {n} times"
+    return next(iter(manifest.gaps), None)
 
 
 def _state_hash(path: Path, manifest: Manifest) -> str | None:
-    return None if -(2**63) <= manifest.state_hash < 2**63 else f"state_hash {manifest.state_hash} does not fit into 64 bits"
+    if -(2**63) <= manifest.state_hash < 2**63:
+        return None
+    return f"state_hash {manifest.state_hash} does not fit into 64 bits"
 
 
 def _digests(path: Path, manifest: Manifest) -> str | None:
@@ -66,13 +71,15 @@ def _digests(path: Path, manifest: Manifest) -> str | None:
 
 
 def _parent(path: Path, manifest: Manifest) -> str | None:
-    """A thinned one's parent is the whole one of its step; a fork's is another run's, with attempts of its own."""
+    """A thinned one's is the whole one of its step; a fork's is of another run and its attempts."""
     if manifest.parent is None:
         return None
     if not COMMITTED.fullmatch(manifest.parent.name):
         return f"its parent is called {manifest.parent.name!r}, which is no name of a checkpoint"
     _, step = parse_name(manifest.parent.name)
-    return f"it is of step {manifest.step:,}, but its parent {manifest.parent.name} is of a later one" if step > manifest.step else None
+    if step <= manifest.step:
+        return None
+    return f"it is of step {manifest.step:,}, but its parent {manifest.parent.name} of a later one"
 
 
 def _lineage(path: Path, manifest: Manifest) -> str | None:
@@ -80,7 +87,10 @@ def _lineage(path: Path, manifest: Manifest) -> str | None:
     history = [*map(parse_name, manifest.lineage), (manifest.attempt, manifest.step)]
     for before, after in pairwise(history):
         if not (before[0] < after[0] and before[1] <= after[1]):
-            return f"attempt {after[0]} at step {after[1]:,} cannot have gone on from attempt {before[0]} at step {before[1]:,}"
+            return (
+                f"attempt {after[0]} at step {after[1]:,} cannot have gone on from "
+                f"attempt {before[0]} at step {before[1]:,}"
+            )
     return None
 
 
@@ -99,27 +109,46 @@ def _model(path: Path, manifest: Manifest) -> str | None:
         ModelConfig.model_validate(manifest.config["model"])
     except ValidationError as error:
         first = error.errors()[0]
-        where, theirs = ".".join(map(str, ("config", "model", *first["loc"]))), manifest.versions.get("tally", "unknown")
-        return f"{where}: {first['msg']} (written by Tally {theirs}, this is {llm.__version__})"
-    return None
+    else:
+        return None
+    where = ".".join(map(str, ("config", "model", *first["loc"])))
+    return f"{where}: {first['msg']} ({both_versions(manifest)})"
+
+
+def both_versions(manifest: Manifest) -> str:
+    theirs = manifest.versions.get("tally", "unknown")
+    return f"written by Tally {theirs}, this is Tally {llm.__version__}"
 
 
 INVARIANTS: dict[str, Rule] = {
-    "name": _name, "run": _run, "files": _files, "state hash": _state_hash, "digests": _digests, "parent": _parent, "lineage": _lineage,
-    "batch": _batch, "model": _model,
-}  # fmt: skip
+    "name": _name,
+    "run": _run,
+    "files": _files,
+    "state hash": _state_hash,
+    "digests": _digests,
+    "parent": _parent,
+    "lineage": _lineage,
+    "batch": _batch,
+    "model": _model,
+}
 
 
-def contradictions(path: Path, manifest: Manifest, rules: Mapping[str, Rule] = INVARIANTS) -> list[str]:
+def contradictions(
+    path: Path, manifest: Manifest, rules: Mapping[str, Rule] = INVARIANTS
+) -> list[str]:
     """What does not fit together, in words that name the manifest. Raises Unreadable."""
     found = [rule(path.absolute(), manifest) for rule in rules.values()]
     return [f"{path / NAME}: {problem}" for problem in found if problem]
 
 
-def check_invariants(path: Path, manifest: Manifest, rules: Mapping[str, Rule] = INVARIANTS) -> None:
+def check_invariants(
+    path: Path, manifest: Manifest, rules: Mapping[str, Rule] = INVARIANTS
+) -> None:
     """Raises Unjudged that lists all contradictions, for a person to clear up."""
     if found := contradictions(path, manifest, rules):
         raise Unjudged(
-            f"{'; '.join(found)}. Its hashes are right, so this is no damage: the folder was renamed, copied here from elsewhere, or "
-            f"edited. Nothing was moved. Give it back its name, or move it out of {path.absolute().parent} yourself, then run again."
+            f"{'; '.join(found)}. The manifest fits its own hash, so this is no damage: the folder "
+            f"was renamed or copied here from elsewhere, the manifest edited, or a newer version "
+            f"wrote it. Nothing was moved. Give the folder back its name, or move it out of "
+            f"{path.absolute().parent} yourself, then run again."
         )

@@ -57,7 +57,8 @@ class Parent(_Record):
 
 
 class BatchSince(_Record):
-    """Where in the run the global batch was last changed: every step after it took `global_rows` draws, or what its phase had left."""
+    """Where the global batch last changed: each later step took `global_rows` draws, or what its
+    phase had left."""
 
     step: NonNegativeInt
     draws: NonNegativeInt
@@ -98,7 +99,8 @@ class Manifest(_Record):
     versions: dict[str, str]
     metrics: dict[str, float | None]
     validated_on: str = ""
-    """Digest of what metrics' val_loss was measured on: only losses of one measure can be compared. Empty in older checkpoints."""
+    """Digest of what metrics' val_loss was measured on; only losses of one can be compared. Empty
+    in older checkpoints."""
     recent: dict[str, list[float]] = {}
     """Losses and gradient norms of the last applied steps, which the spike guard judges by."""
     probe: Probed | None = None
@@ -149,15 +151,17 @@ def read_small(path: Path, most: int) -> bytes:
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Parse and check a checkpoint's manifest. Raises Damaged when its own hash, or the lack of
-    one, proves it wrong, Unjudged when it cannot be read or is another version's. Both name the file.
+    """Parse and check a checkpoint's manifest.
+
+    Raises Damaged when its own hash, or the lack of one, proves it wrong, Unjudged when it cannot
+    be read or is another version's. Both name the file.
     """
     path = folder / NAME
     fields, odd = _parsed(path, _content(folder))
     if fields.get("self_sha256") != _seal({k: v for k, v in fields.items() if k != "self_sha256"}):
         if _is_newer(fields.get("format")):  # which may be sealed by another rule
             raise Unjudged(_of_another_version(path, fields))
-        raise Damaged(f"{path}: not a sound checkpoint manifest (its content does not match its own hash)")
+        raise Damaged(f"{path}: {_UNSOUND} (its content does not match its own hash)")
     if odd:
         raise Unjudged(f"{path}: is sealed, but {odd[0]}. {_EDITED}")
     try:
@@ -170,7 +174,11 @@ def read_manifest(folder: Path) -> Manifest:
     raise Unjudged(f"{path}: is sealed, but {_place(problems[0])}: {problems[0]['msg']}. {_EDITED}")
 
 
-_EDITED = "No version of this program writes that: it was edited. Nothing was moved; restore the file, or move the checkpoint away yourself."
+_UNSOUND = "not a sound checkpoint manifest"
+_EDITED = (
+    "No version of this program writes that: it was edited. Nothing was moved; restore the file, "
+    "or move the checkpoint away yourself."
+)
 
 
 def _content(folder: Path) -> bytes:
@@ -178,7 +186,7 @@ def _content(folder: Path) -> bytes:
         try:
             return read_most(handle, MAX_BYTES)
         except ValueError as error:
-            raise Unjudged(f"{folder / NAME}: {error}, and no larger one is read. {_EDITED}") from None
+            raise Unjudged(f"{folder / NAME}: {error}. {_EDITED}") from None
 
 
 def _parsed(path: Path, content: bytes) -> tuple[dict[str, Any], list[str]]:
@@ -196,18 +204,21 @@ def _parsed(path: Path, content: bytes) -> tuple[dict[str, Any], list[str]]:
         return float(name)
 
     try:
-        fields = json.loads(content.decode("utf-8"), object_pairs_hook=unique, parse_constant=constant)
+        text = content.decode("utf-8")
+        fields = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
         if not isinstance(fields, dict):
             raise ValueError("it holds no JSON object")
     except (ValueError, RecursionError) as error:
-        raise Damaged(f"{path}: not a sound checkpoint manifest ({str(error).splitlines()[0]})") from None
+        raise Damaged(f"{path}: {_UNSOUND} ({str(error).splitlines()[0]})") from None
     return fields, odd
 
 
 def _is_newer(name: Any) -> bool:
     """Whether it is one of our formats with a number that this version does not know."""
-    number = re.fullmatch(r"tally-(checkpoint|weights)/([1-9]\d{0,5})", name) if isinstance(name, str) else None
-    return number is not None and int(number[2]) > 1
+    if not isinstance(name, str):
+        return False
+    found = re.fullmatch(r"tally-(checkpoint|weights)/([1-9]\d{0,5})", name)
+    return found is not None and int(found[2]) > 1
 
 
 def _place(problem: dict) -> str:
@@ -219,6 +230,7 @@ def _of_another_version(path: Path, fields: dict, unknown: list[str] = ()) -> st
     theirs = versions.get("tally", "unknown") if isinstance(versions, dict) else "unknown"
     what = f" and with the field {', '.join(unknown[:3])}" if unknown else ""
     return (
-        f"{path}: written by Tally {theirs} as {fields.get('format')}{what}; this is Tally {llm.__version__}, which reads {FORMAT} and "
-        f"{WEIGHTS_FORMAT} with the fields that it knows. Nothing was moved. Go on with the version that wrote it, or a newer one."
+        f"{path}: written by Tally {theirs} as {fields.get('format')}{what}; this is Tally "
+        f"{llm.__version__}, which reads {FORMAT} and {WEIGHTS_FORMAT} with the fields it knows. "
+        f"Nothing was moved. Go on with the version that wrote it, or a newer one."
     )

@@ -1,4 +1,4 @@
-"""The files of a checkpoint: opened only where they are plain ones, with what the system says kept apart from what they hold."""
+"""Reading a checkpoint's files: what the system refuses is told apart from what they hold."""
 
 import errno
 import hashlib
@@ -12,16 +12,18 @@ from llm.checkpoint.errors import Damaged, Unjudged, system_errors
 
 _BLOCK_BYTES = 1 << 20
 _PLAIN = (
-    "Checkpoints consist of plain files, so it was put there by somebody, and nothing was moved. Put the "
-    "file itself in its place (a link: cp --remove-destination \"$(readlink -f FILE)\" FILE), then run again."
+    "Checkpoints consist of plain files, so somebody has put it there. Nothing was moved. Put the "
+    "file itself in its place (for a link: "
+    'cp --remove-destination "$(readlink -f FILE)" FILE), then run again.'
 )
-_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFSOCK: "a socket", stat.S_IFCHR: "a device", stat.S_IFBLK: "a device"}
+_KINDS = {stat.S_IFDIR: "a folder", stat.S_IFIFO: "a pipe", stat.S_IFCHR: "a device"}
 
 
 def open_plain(path: Path) -> int:
-    """A handle to read a plain file. Raises ValueError for anything else, a link too, and OSError; waits for nothing."""
+    """A handle to read a plain file. Raises ValueError for anything else (a link), and OSError."""
+    flags = os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK  # no link leads elsewhere, no pipe hangs
     try:
-        handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe must not hang, nor a link lead elsewhere
+        handle = os.open(path, flags)
     except OSError as error:
         if error.errno == errno.ELOOP and path.is_symlink():
             raise ValueError("is a symbolic link") from None
@@ -54,7 +56,7 @@ def open_file(checkpoint: Path, name: str) -> Iterator[int]:
 
 
 def _is_missing(checkpoint: Path, name: str) -> bool:
-    """Whether the folders on the way to it can be listed, and one does not have it. Raises OSError."""
+    """Whether the folders on the way to it can be listed and one lacks it. Raises OSError."""
     folder = checkpoint
     for part in name.split("/"):
         if part not in os.listdir(folder):
@@ -64,7 +66,7 @@ def _is_missing(checkpoint: Path, name: str) -> bool:
 
 
 def read_most(handle: int, most: int) -> bytes:
-    """The content of an open file. Raises ValueError when it is larger than `most` bytes, OSError."""
+    """The content of an open file. Raises ValueError for more than `most` bytes, and OSError."""
     blocks, left = [], most + 1
     while left and (block := os.read(handle, min(left, _BLOCK_BYTES))):
         blocks.append(block)

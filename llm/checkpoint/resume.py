@@ -18,7 +18,7 @@ from llm.dist import World
 from llm.log import UserError, log
 
 Result = TypeVar("Result")
-LOOKS = 10  # of a reader whose checkpoint is deleted by the run that trains each time that it has found it
+LOOKS = 10  # of a reader whose checkpoint is deleted each time by the run that trains
 
 
 @dataclass(frozen=True)
@@ -30,7 +30,9 @@ class Checkpoint:
 
     @cached_property
     def reader(self) -> SliceReader:
-        return SliceReader(self.folder, self.manifest.shapes, [f.model_dump() for f in self.manifest.files])
+        return SliceReader(
+            self.folder, self.manifest.shapes, [f.model_dump() for f in self.manifest.files]
+        )
 
 
 @dataclass(frozen=True)
@@ -52,7 +54,8 @@ _ADVICE = "Look at that rank's host: is the file system there that all share, an
 
 
 def damage(checkpoint: Path, manifest: Manifest, share: tuple[int, int] = (0, 1)) -> str | None:
-    """What proves that this rank's share (rank, size) of the files is damaged, in words; None when sound. Raises Unjudged."""
+    """What proves that this rank's share (rank, size) of the files is damaged, in words; None when
+    sound. Raises Unjudged."""
     rank, size = share
     for record in manifest.files[rank::size]:
         path = checkpoint / record.path
@@ -68,10 +71,13 @@ def damage(checkpoint: Path, manifest: Manifest, share: tuple[int, int] = (0, 1)
     return None
 
 
-def examine(path: Path, rules: Mapping[str, Rule] = INVARIANTS, share: tuple[int, int] = (0, 1)) -> Manifest:
+def examine(
+    path: Path, rules: Mapping[str, Rule] = INVARIANTS, share: tuple[int, int] = (0, 1)
+) -> Manifest:
     """The manifest of a checkpoint whose files (this rank's share of them) are what it says.
 
-    Raises Damaged when something proves the contrary, Unjudged when nothing can be told or it contradicts itself, and Gone.
+    Raises Damaged when something proves the contrary, Unjudged when nothing can be told or it
+    contradicts itself, and Gone.
     """
     try:
         with system_errors(path):
@@ -86,11 +92,13 @@ def examine(path: Path, rules: Mapping[str, Rule] = INVARIANTS, share: tuple[int
         raise
 
 
-def open_checkpoint(path: str | Path, step: int | None = None, rules: Mapping[str, Rule] = INVARIANTS) -> Checkpoint:
-    """Open a checkpoint folder, or the newest sound one (or that of `step`) in a run's folder. Verified; changes nothing.
+def open_checkpoint(
+    path: str | Path, step: int | None = None, rules: Mapping[str, Rule] = INVARIANTS
+) -> Checkpoint:
+    """Open a checkpoint folder, or the newest sound one (or that of `step`) in a run's folder.
 
-    A damaged one is named and passed over. Raises CheckpointError; Unjudged for one of which nothing can be told: an older one
-    in its place is for a person to choose.
+    Verified; changes nothing. A damaged one is named and passed over. Raises CheckpointError; it is
+    Unjudged for one of which nothing can be told: whether an older one will do, a person must say.
     """
     path = Path(path)
     if folder.is_there(path / NAME):
@@ -110,8 +118,10 @@ def open_checkpoint(path: str | Path, step: int | None = None, rules: Mapping[st
     raise gone
 
 
-def read_checkpoint(path: str | Path, step: int | None, read: Callable[[Checkpoint], Result]) -> Result:
-    """`read` applied to what `open_checkpoint` gives, and to the next newest when the run that trains deletes that one meanwhile.
+def read_checkpoint(
+    path: str | Path, step: int | None, read: Callable[[Checkpoint], Result]
+) -> Result:
+    """`read` of what `open_checkpoint` gives; of the next newest if the run deletes that meanwhile.
 
     Raises what they raise; Gone when the checkpoint's own folder was asked for.
     """
@@ -133,9 +143,14 @@ def _open_folder(path: Path, step: int | None, rules: Mapping[str, Rule]) -> Che
     try:
         manifest = examine(path, rules)
     except Damaged as error:
-        raise Damaged(f"{error}. This checkpoint is damaged; use another step of the run.") from None
+        raise Damaged(
+            f"{error}. This checkpoint is damaged; use another step of the run."
+        ) from None
     if step not in (None, manifest.step):
-        raise CheckpointError(f"{path}: is the checkpoint of step {manifest.step}, not of {step}. Give the run's folder with --step.")
+        raise CheckpointError(
+            f"{path}: is the checkpoint of step {manifest.step}, not of {step}. Give the run's "
+            f"folder with --step."
+        )
     return Checkpoint(path, manifest)
 
 
@@ -146,27 +161,39 @@ def _of_step(run: Path, step: int | None) -> list[folder.Entry]:
     if not found:
         steps = ", ".join(map(str, sorted({e.step for e in there})))
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-        raise CheckpointError(f"{run}: {wanted} here{f' (there are steps {steps})' if steps else ''}. Give a run's folder, such as checkpoints/toy.")
+        raise CheckpointError(
+            f"{run}: {wanted} here{f' (there are steps {steps})' if steps else ''}. Give a run's "
+            f"folder, such as checkpoints/toy."
+        )
     return found
 
 
-def newest(world: World, run: Path, step: int | None = None, rules: Mapping[str, Rule] = INVARIANTS) -> Checkpoint | None:
+def newest(
+    world: World, run: Path, step: int | None = None, rules: Mapping[str, Rule] = INVARIANTS
+) -> Checkpoint | None:
     """The checkpoint to go on from (of `step`, if given), the same on every rank; None for a run that never committed one. Collective.
 
-    A damaged one is named and moved to quarantine, once rank 0 itself has found it so, and the next older is tried. Raises CheckpointError
-    when none is left, Unjudged when nothing can be told of one, on any rank, twice; then nothing is moved.
+    A damaged one is named and moved to quarantine, once rank 0 itself has found it so, and the next
+    older is tried. Raises CheckpointError when none is left, Unjudged when nothing can be told of
+    one, on any rank, twice; then nothing is moved.
     """
     names = world.on_rank_0(lambda: _candidates(run, step))
     for path in (run / name for name in names):
         manifest, finding = _agreed(world, path, rules)
         if finding is None:
             return Checkpoint(path, manifest)
-        of_rank_0 = world.on_rank_0(lambda path=path, rank=finding.rank: _look_for(path, rules, rank, world.size))
+        of_rank_0 = world.on_rank_0(
+            lambda path=path, rank=finding.rank: _look_for(path, rules, rank, world.size)
+        )
         if of_rank_0 is None:
-            manifest, finding = _agreed(world, path, rules)  # a file system may fail for a moment, or be late on one host
+            # once more: a file system may fail for a moment, or be late on one host
+            manifest, finding = _agreed(world, path, rules)
             if finding is None:
                 return Checkpoint(path, manifest)
-            raise finding.error(f"{finding.text}, as rank {finding.rank} sees it, but rank 0 finds it sound, so nothing was moved. {_ADVICE}")
+            raise finding.error(
+                f"{finding.text}, as rank {finding.rank} sees it, but rank 0 finds it sound, so "
+                f"nothing was moved. {_ADVICE}"
+            )
         finding = _Finding(*of_rank_0)
         if not finding.is_damage:
             raise finding.error(f"{finding.text}.")
@@ -175,7 +202,10 @@ def newest(world: World, run: Path, step: int | None = None, rules: Mapping[str,
         world.on_rank_0(lambda: _candidates(run, step))
     committed = world.gather(world.together(lambda: folder.has_committed(run)))
     if any(committed) and not committed[0]:
-        raise Unjudged(f"{run}: rank {committed.index(True)} sees that the run has saved before, rank 0 sees nothing. {_ADVICE}")
+        raise Unjudged(
+            f"{run}: rank {committed.index(True)} sees that the run has saved before, rank 0 sees "
+            f"nothing. {_ADVICE}"
+        )
     if committed[0]:
         raise CheckpointError(
             f"{run}: the run has saved before, but no sound checkpoint is left{_weights_left(run)}. It does not start again from step 0 by itself: "
@@ -184,8 +214,13 @@ def newest(world: World, run: Path, step: int | None = None, rules: Mapping[str,
     return None
 
 
-def _agreed(world: World, path: Path, rules: Mapping[str, Rule]) -> tuple[Manifest | None, _Finding | None]:
-    """The manifest, and what the first rank with a complaint has found; that is the same on every rank. Collective."""
+def _agreed(
+    world: World, path: Path, rules: Mapping[str, Rule]
+) -> tuple[Manifest | None, _Finding | None]:
+    """The manifest, and what the first rank with a complaint has found, the same on every rank.
+
+    Collective.
+    """
     manifest, mine = None, None
     try:
         manifest = examine(path, rules, (world.rank, world.size))
@@ -206,7 +241,8 @@ def _look_for(path: Path, rules: Mapping[str, Rule], rank: int, size: int) -> li
 
 def _complaint(rank: int, error: CheckpointError) -> list:
     """The fields of a _Finding, as they travel between ranks."""
-    code = NEEDS_A_PERSON if isinstance(error, Gone) else error.exit_code  # the run is locked: no other job deletes in it
+    # the run is locked, so no other job has deleted it
+    code = NEEDS_A_PERSON if isinstance(error, Gone) else error.exit_code
     return [rank, str(error).removesuffix("."), isinstance(error, Damaged), code]
 
 
@@ -214,13 +250,20 @@ def _set_aside(path: Path, problem: str) -> None:
     try:
         moved = folder.quarantine(path)
     except OSError as error:
-        raise CheckpointError(f"{problem}. It cannot be moved to quarantine ({error}): move it out of {path.parent} yourself.") from None
+        raise CheckpointError(
+            f"{problem}. It cannot be moved to quarantine ({error}): move it out of {path.parent} "
+            f"yourself."
+        ) from None
     log.error(f"{problem}. This checkpoint is not used; it is now in {moved}.")
 
 
 def _weights_left(run: Path) -> str:
     thinned = folder.entries(run, thinned=True)
-    return f" ({thinned[-1].path} has weights alone: a new run can begin with --init-from)" if thinned else ""
+    return (
+        f" ({thinned[-1].path} has weights alone: a new run can begin with --init-from)"
+        if thinned
+        else ""
+    )
 
 
 def _candidates(run: Path, step: int | None) -> list[str]:

@@ -29,7 +29,7 @@ class Retention:
     last: int
     """So many of the newest whole ones whose manifest can be read, always whole."""
     best: int = 0
-    """So many with the lowest validation loss, among those of one measure: a loss on other rows says nothing about these."""
+    """So many with the lowest validation loss, of each measure: other rows' losses say nothing."""
     epochs: bool = False
     """Ends of epochs."""
     every: int = 0
@@ -44,7 +44,8 @@ def apply_retention(run: Path, rules: Retention, protect: Iterable[Path], apart:
     found = [entry for entry in folder.entries(run, thinned=True) if entry.path not in apart]
     manifests = {entry: manifest for entry in found if (manifest := _readable(entry.path))}
     whole = [entry for entry in manifests if entry.is_whole]
-    as_it_is = set(whole[-rules.last :]) | {e for e in found if e.path in protected or e not in manifests}
+    unknown = {e for e in found if e not in manifests}
+    as_it_is = set(whole[-rules.last :]) | unknown | {e for e in found if e.path in protected}
     keep = {entry.save for entry in as_it_is | set(_chosen(manifests, rules))}
     for save in {entry.save: None for entry in found}:
         both = {entry.is_whole: entry for entry in found if entry.save == save}
@@ -64,13 +65,16 @@ def val_losses(run: Path, measure: str, apart: Collection[Path]) -> list[float]:
     found = {}
     for entry in folder.entries(run, thinned=True):
         manifest = None if entry.path in apart else _readable(entry.path)
-        if manifest and manifest.validated_on == measure and manifest.metrics.get("val_loss") is not None:
-            found[entry.save] = manifest.metrics["val_loss"]
+        if manifest is None or manifest.validated_on != measure:
+            continue
+        if (loss := manifest.metrics.get("val_loss")) is not None:
+            found[entry.save] = loss
     return list(found.values())
 
 
 def _readable(path: Path) -> Manifest | None:
-    """None for one that cannot be read, is another run's or contradicts itself: that is for resume and a person to judge."""
+    """None for one that cannot be read, is another run's or contradicts itself: that is for resume
+    and a person to judge."""
     try:
         manifest = read_manifest(path)
         check_invariants(path, manifest)

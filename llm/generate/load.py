@@ -21,12 +21,15 @@ def load_run(
     """The model, its tokenizer and the checkpoint that they are from.
 
     `path` is a run's folder, for its newest checkpoint or that of `step`, or the folder of one checkpoint. `packed`: faster on a CPU, but
-    the linear maps have no parameters any more. A checkpoint that the run deletes while it is read is followed by the next newest.
+    the linear maps have no parameters any more. When the run deletes the checkpoint meanwhile, the
+    next newest is read.
     """
-    return read_checkpoint(path, step, lambda checkpoint: _loaded(checkpoint, device, dtype, packed))
+    return read_checkpoint(path, step, lambda found: _loaded(found, device, dtype, packed))
 
 
-def _loaded(checkpoint: Checkpoint, device: str, dtype: torch.dtype, packed: bool) -> tuple[Transformer, Tokenizer, Checkpoint]:
+def _loaded(
+    checkpoint: Checkpoint, device: str, dtype: torch.dtype, packed: bool
+) -> tuple[Transformer, Tokenizer, Checkpoint]:
     tokenizer = load_tokenizer(checkpoint.folder / "tokenizer")
     model = Transformer(ModelConfig.model_validate(checkpoint.manifest.config["model"]).with_vocab(tokenizer.vocab_size))
     for name, weight in model.named_parameters():

@@ -12,13 +12,16 @@ from llm.log import log
 # alter the numbers but not what the model is (trajectory) need --accept-change; ranks, stages, micro-batches and intervals are free.
 IDENTITY = {"train.seed"}
 FREE_MODEL = {"model.attention", "model.model_name"}
-# How rope is stretched to longer rows, which a model is fine-tuned for: another run's weights may be taken for it when told.
+# How rope is stretched to longer rows, which a model is fine-tuned for: a new run may change it for
+# another's weights when told.
 STRETCH = {
-    f"model.{key}"
-    for key in (
-        "rope_theta", "rope_scaling", "rope_factor", "rope_original_seq_len", "rope_low_freq_factor", "rope_high_freq_factor",
-    )
-}  # fmt: skip
+    "model.rope_theta",
+    "model.rope_scaling",
+    "model.rope_factor",
+    "model.rope_original_seq_len",
+    "model.rope_low_freq_factor",
+    "model.rope_high_freq_factor",
+}
 TRAJECTORY = {
     f"train.{key}"
     for key in (
@@ -52,21 +55,25 @@ def check_drift(saved: dict, cfg: RunConfig, accepted: list[str]) -> None:
         log.debug(shown[key]) if key not in trajectory else log.warning(f"accepted: {shown[key]}.")
 
 
-# What a new run may choose anew for the weights of another; learned positions tie seq_len by their shape.
+# What a new run may choose anew for another's weights; with learned positions shapes tie seq_len.
 FREE_OF_SOURCE = FREE_MODEL | {"model.z_loss", "model.seq_len", "model.init_std"}
 
 
 def check_source(source: Path, saved: dict, cfg: RunConfig, accepted: Collection[str]) -> None:
-    """Compare the model of the weights that a new run starts from with its own; logs what may differ.
+    """Compare the model of the weights that a new run starts from with its own; log what differs.
 
     Raises CheckpointError that lists every setting for which they would be another model's weights.
     """
     before, now = _defaults() | _flat(saved), _flat({"model": cfg.model.model_dump(mode="json")})
-    changed = {key: f"{key}: {before.get(key)!r} there, {value!r} here" for key, value in now.items() if before.get(key) != value}
+    changed = {
+        key: f"{key}: {before.get(key)!r} there, {value!r} here"
+        for key, value in now.items()
+        if before.get(key) != value
+    }
     refused = sorted(changed.keys() - FREE_OF_SOURCE - STRETCH)
     if refused:
         raise CheckpointError(
-            f"--init-from {source}: its weights were trained as another model, and mean something else in this one:\n"
+            f"--init-from {source}: its weights were trained as another model than this one:\n"
             + "\n".join(f"  - {changed[key]}" for key in refused)
             + "\nUse the values that they were trained with."
         )
@@ -75,12 +82,12 @@ def check_source(source: Path, saved: dict, cfg: RunConfig, accepted: Collection
         raise CheckpointError(
             f"--init-from {source}: its weights were trained with other positions:\n"
             + "\n".join(f"  - {changed[key]}" for key in stretched)
-            + "\nUse the values that they were trained with. To stretch the model to longer rows on purpose, give "
-            + f"{' '.join(f'--accept-change {key}' for key in stretched)}."
+            + "\nUse the values that they were trained with. To stretch the model to longer rows "
+            + f"on purpose, give {' '.join(f'--accept-change {key}' for key in stretched)}."
         )
     for key in sorted(changed):
-        old, new = before.get(key), now[key]
-        log.log(WARNING if key in STRETCH else INFO, f"--init-from: {key} {old!r} → {new!r}, for weights that were trained with {old!r}.")
+        level = WARNING if key in STRETCH else INFO
+        log.log(level, f"--init-from: {key} {before.get(key)!r} → {now[key]!r} for these weights.")
 
 
 def check_same(of_ranks: list[dict]) -> None:

@@ -1,9 +1,8 @@
-"""What holds of a checkpoint that training goes on from, beyond llm.checkpoint's own rules: ledger, batch and optimizer fit its step."""
+"""What else holds of a checkpoint to go on from: settings, ledger, batch and Adam fit its step."""
 
 from pathlib import Path
 
-import llm
-from llm.checkpoint.invariants import INVARIANTS, Rule
+from llm.checkpoint.invariants import INVARIANTS, Rule, both_versions
 from llm.checkpoint.manifest import Manifest
 from llm.config import SECTIONS
 from llm.data.audit import step_problems
@@ -12,7 +11,10 @@ from llm.data.ledger import Ledger, LedgerError
 
 def _config(path: Path, manifest: Manifest) -> str | None:
     """The sections that the other rules look into."""
-    missing = next((name for name in ("model", "train") if not isinstance(manifest.config.get(name), dict)), None)
+    missing = next(
+        (name for name in ("model", "train") if not isinstance(manifest.config.get(name), dict)),
+        None,
+    )
     return f"config has no section {missing}" if missing else None
 
 
@@ -22,16 +24,22 @@ def _settings(path: Path, manifest: Manifest) -> str | None:
         known = SECTIONS[section].model_fields if section in SECTIONS else {}
         unknown = [key for key in fields if key not in known] if isinstance(fields, dict) else []
         if section not in SECTIONS or unknown:
-            name, theirs = ".".join([section, *unknown[:1]]), manifest.versions.get("tally", "unknown")
-            return f"config.{name} is no setting of this version (written by Tally {theirs}, this is {llm.__version__})"
+            name = ".".join(["config", section, *unknown[:1]])
+            return f"{name} is no setting of this version ({both_versions(manifest)})"
     return None
 
 
 def _configured_batch(path: Path, manifest: Manifest) -> str | None:
-    seq_len, tokens = _setting(manifest, "model", "seq_len"), _setting(manifest, "train", "batch_tokens")
-    if not isinstance(tokens, int) or not isinstance(seq_len, int) or tokens == manifest.global_rows * seq_len:
+    seq_len = _setting(manifest, "model", "seq_len")
+    tokens = _setting(manifest, "train", "batch_tokens")
+    if not isinstance(tokens, int) or not isinstance(seq_len, int):
         return None
-    return f"global_rows {manifest.global_rows:,} of {seq_len:,} tokens are not config.train.batch_tokens {tokens:,}"
+    if tokens == manifest.global_rows * seq_len:
+        return None
+    return (
+        f"global_rows {manifest.global_rows:,} of {seq_len:,} tokens are not the {tokens:,} of "
+        f"config.train.batch_tokens"
+    )
 
 
 def _setting(manifest: Manifest, section: str, key: str):
@@ -47,24 +55,35 @@ def _ledger(path: Path, manifest: Manifest) -> str | None:
         return str(error).removesuffix(".")
     problems = [*step_problems(ledger, manifest.step), *_phase_problems(ledger, manifest)]
     if not problems:
-        problems = [problem for rule in (_consumed, _tokens, _optimizer) if (problem := rule(ledger, manifest))]
+        problems = [
+            problem
+            for rule in (_consumed, _tokens, _optimizer)
+            if (problem := rule(ledger, manifest))
+        ]
     return "; ".join(problems) or None
 
 
 def _phase_problems(ledger: Ledger, manifest: Manifest) -> list[str]:
     seq_len = _setting(manifest, "model", "seq_len")
     problems = [
-        f"phase {phase.name} has {phase.consumed:,} of {phase.total:,} samples consumed, and yet another came after it"
+        f"phase {phase.name} has {phase.consumed:,} of {phase.total:,} samples consumed, and yet "
+        f"another came after it"
         for phase in ledger.phases[:-1]
         if not phase.is_done
     ]
     odd = [phase for phase in ledger.phases if phase.seq_len != seq_len]
-    return problems + [f"phase {phase.name} has rows of {phase.seq_len:,} tokens, config.model.seq_len is {seq_len}" for phase in odd]
+    return problems + [
+        f"phase {phase.name} has rows of {phase.seq_len:,}, not of config.model.seq_len {seq_len}"
+        for phase in odd
+    ]
 
 
 def _consumed(ledger: Ledger, manifest: Manifest) -> str | None:
-    """Each step takes `global_rows` draws, the last of a phase what is left: so many are consumed as there were steps."""
-    since, begun = manifest.batch_since, [phase for phase in ledger.phases if phase.first_step is not None]
+    """Each step takes `global_rows` draws, the last of a phase what is left."""
+    since, begun = (
+        manifest.batch_since,
+        [phase for phase in ledger.phases if phase.first_step is not None],
+    )
     if since is None or not begun:  # of a checkpoint that is older than this field nothing is known
         return None
     *before, phase = begun
@@ -76,17 +95,22 @@ def _consumed(ledger: Ledger, manifest: Manifest) -> str | None:
     if phase.consumed == expected:
         return None
     return (
-        f"phase {phase.name} has {phase.consumed:,} samples consumed, but {steps:,} steps of {manifest.global_rows:,} from {start:,} on "
-        f"are {expected:,}"
+        f"phase {phase.name} has {phase.consumed:,} samples consumed, but {steps:,} steps of "
+        f"{manifest.global_rows:,} from {start:,} on are {expected:,}"
     )
 
 
 def _tokens(ledger: Ledger, manifest: Manifest) -> str | None:
-    skipped = sum((s.stop - s.start) * phase.seq_len for phase in ledger.phases for s in phase.skipped)
+    skipped = sum(
+        (s.stop - s.start) * phase.seq_len for phase in ledger.phases for s in phase.skipped
+    )
     most = sum(phase.consumed * phase.seq_len for phase in ledger.phases) - skipped
     if manifest.tokens_seen <= most:
         return None
-    return f"tokens_seen is {manifest.tokens_seen:,}, but the samples consumed and not skipped have {most:,} at most"
+    return (
+        f"tokens_seen is {manifest.tokens_seen:,}, but the samples consumed and not skipped have "
+        f"{most:,} at most"
+    )
 
 
 def _optimizer(ledger: Ledger, manifest: Manifest) -> str | None:
@@ -94,9 +118,13 @@ def _optimizer(ledger: Ledger, manifest: Manifest) -> str | None:
     counted = manifest.engine.get("optimizer_step")
     if counted == applied and isinstance(counted, int):
         return None
-    return f"engine.optimizer_step is {counted!r}, but {applied:,} of {manifest.step:,} steps were applied"
+    steps = f"{applied:,} of {manifest.step:,} steps"
+    return f"engine.optimizer_step is {counted!r}, but {steps} were applied"
 
 
 RESUMABLE: dict[str, Rule] = INVARIANTS | {
-    "config": _config, "settings": _settings, "configured batch": _configured_batch, "ledger": _ledger,
-}  # fmt: skip
+    "config": _config,
+    "settings": _settings,
+    "configured batch": _configured_batch,
+    "ledger": _ledger,
+}

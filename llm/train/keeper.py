@@ -50,9 +50,11 @@ class Keeper:
         is_fork: bool = False,
     ):
         """`parent`: where the run goes on from; with `is_fork` it is another run's, and this one begins its own history there. `template`:
-        of the conversations it is trained on. `validated_on`: digest of what validation losses are measured on."""
+        of the conversations it is trained on. `validated_on`: digest of what validation losses are
+        measured on (`measure_digest`)."""
         self.cfg, self.plan, self.world, self.engine, self.tokenizer = cfg, plan, world, engine, tokenizer
-        self.lock, self.probe, self.template, self.validated_on = lock, probe, template, validated_on
+        self.lock, self.probe, self.template = lock, probe, template
+        self.validated_on = validated_on
         self.run = cfg.run_folder
         self.run_id = parent.manifest.run_id if parent and not is_fork else world.broadcast(uuid.uuid4().hex)
         self.attempt = world.on_rank_0(lock.take)  # the lock's token: attempts that never saved count too
@@ -64,7 +66,7 @@ class Keeper:
         self.write_s = 0.0
         """How long the last save took to write, in this process or its thread."""
         self._losses: list[float] = world.on_rank_0(self._saved_losses)
-        """Validation losses, by today's measure, of the checkpoints of this branch that are there or were when this sitting began."""
+        """By today's measure, of this branch's checkpoints that are there or were at the start."""
         self._staging = Staging() if cfg.checkpoint.async_save else None
         self._saving: Save | None = None
         self._ledger: Ledger | None = None  # as of the save on its way
@@ -106,12 +108,16 @@ class Keeper:
         return self.saved_step
 
     def is_among_best(self, val_loss: float | None) -> bool:
-        """Whether retention would keep a checkpoint with this validation loss for its being one of the best. The same on every rank."""
-        best = sorted(self._losses)[: self.cfg.checkpoint.keep_best]
-        return val_loss is not None and (len(best) < self.cfg.checkpoint.keep_best or any(val_loss < loss for loss in best))
+        """Whether retention would keep a checkpoint for this loss. The same on every rank."""
+        if val_loss is None:
+            return False
+        keep = self.cfg.checkpoint.keep_best
+        best = sorted(self._losses)[:keep]
+        return len(best) < keep or any(val_loss < loss for loss in best)
 
     def _saved_losses(self) -> list[float]:
-        return val_losses(self.run, self.validated_on, folder.other_branches(self.run, self.attempt, self.lineage))
+        others = folder.other_branches(self.run, self.attempt, self.lineage)
+        return val_losses(self.run, self.validated_on, others)
 
     def close(self) -> None:
         """Let go of a save that can be committed no more."""
@@ -171,7 +177,7 @@ class Keeper:
 
 
 def _batch_since(parent: Checkpoint | None, global_rows: int) -> BatchSince:
-    """Where the global batch of this attempt began: with the run, or where it was another one or nothing is known of it."""
+    """Where this attempt's global batch began: with the run, or where it changed or was unknown."""
     if parent is None:
         return BatchSince(step=0, draws=0)
     manifest = parent.manifest

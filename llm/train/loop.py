@@ -88,7 +88,7 @@ def train_phase(ready: Ready, stream: Stream, at: Progress) -> str:
     over = horizon(cfg, phase, plan.global_rows, at.step)
     intervals = cfg.checkpoint.save_every, cfg.train.eval_every, cfg.eval.every
     save_every, eval_every, tasks_every = (interval_steps(interval, over.length) for interval in intervals)
-    saves_best = never_meet(save_every, eval_every, over)  # else keep_best would have nothing to choose from
+    saves_best = never_meet(save_every, eval_every, over)  # else nothing for keep_best to choose
     saved_step, failed_saves, why = at.step, 0, None
     refused = refused_in_a_row([s.step for s in phase.skipped if s.reason != NO_TARGETS], at.step)
     if not phase.consumed:
@@ -216,7 +216,7 @@ def train_phase(ready: Ready, stream: Stream, at: Progress) -> str:
 
 
 def never_meet(save_every: int, eval_every: int, over: Horizon) -> bool:
-    """Whether, before the end, no step is both validated and saved, though both are done now and then."""
+    """Whether no step up to the end is both validated and saved, though some are either."""
     if not save_every or not eval_every:
         return False
     both = math.lcm(save_every, eval_every)

@@ -150,7 +150,10 @@ def _prepare(found: Found, ledger: Ledger, options: Options, measure: Measure | 
     if checkpoint:
         world.together(lambda: probe.check(checkpoint.manifest, ACCEPT in options.accept_change))
     measure_of = measure_digest(found.val_shards, cfg)
-    keeper = Keeper(cfg, plan, world, engine, tokenizer, checkpoint, guards.lock, probe, template, measure_of, is_fork=found.begins_fork)
+    keeper = Keeper(
+        cfg, plan, world, engine, tokenizer, checkpoint, guards.lock, probe, template, measure_of,
+        is_fork=found.begins_fork,
+    )  # fmt: skip
     _introduce(cfg, plan, world, checkpoint, at, ledger, engine.no_varlen)
 
     metrics = Metrics(cfg, world, sitting, DatasetTokens(found.train_shards))

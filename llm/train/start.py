@@ -93,8 +93,11 @@ def find(cfg: RunConfig, world: World, options: Options, fork: Fork | None, lock
     tokenizer = world.together(lambda: load_tokenizer(cfg.tokenizer.tokenizer_path, cfg.tokenizer.tokenizer_type))
     cfg = cfg.model_copy(update={"model": world.together(lambda: cfg.model.with_vocab(tokenizer.vocab_size))})
     train_shards, val_shards = open_shards(cfg, tokenizer, world)
-    world.on_rank_0(lambda: _take_over(cfg.run_folder, lock, options.steal_lock) if folder.is_there(cfg.run_folder) else None)
-    own = None if options.fresh else world.together(lambda: newest(world, cfg.run_folder, options.from_step if fork is None else None, RESUMABLE))
+    world.on_rank_0(lambda: _take_over(cfg.run_folder, lock, options.steal_lock))
+    step = options.from_step if fork is None else None
+    own = None
+    if not options.fresh:
+        own = world.together(lambda: newest(world, cfg.run_folder, step, RESUMABLE))
     checkpoint = world.together(fork.open) if fork and own is None else own
     if checkpoint:
         accepted = [*options.accept_change, *(CHANGED_BY_ANNEAL if own is None else ())]
@@ -105,8 +108,10 @@ def find(cfg: RunConfig, world: World, options: Options, fork: Fork | None, lock
 
 
 def _take_over(run: Path, lock: RunLock, by_force: bool) -> None:
-    lock.take(by_force)
-    folder.clean(run)
+    """The folder of a run, if it is there."""
+    if folder.is_there(run):
+        lock.take(by_force)
+        folder.clean(run)
 
 
 def make_folders(cfg: RunConfig, lock: RunLock, fresh: bool) -> None:
@@ -191,12 +196,18 @@ def build_loaded_engine(cfg: RunConfig, world: World, checkpoint: Checkpoint | N
     return engine
 
 
-def open_source(world: World, options: Options, cfg: RunConfig, tokenizer: Tokenizer) -> Checkpoint | None:
-    """The checkpoint that --init-from names, whose weights mean in this model what they meant in their own. Collective; writes nothing."""
+def open_source(
+    world: World, options: Options, cfg: RunConfig, tokenizer: Tokenizer
+) -> Checkpoint | None:
+    """The checkpoint that --init-from names, whose weights mean the same in this run's model.
+
+    Collective; writes nothing. Raises UserError.
+    """
     if options.init_from is None:
         return None
     source = world.together(lambda: _open_source(options.init_from, cfg, tokenizer))
-    world.on_rank_0(lambda: check_source(source.folder, source.manifest.config, cfg, options.accept_change))  # once, and told once
+    saved, accepted = source.manifest.config, options.accept_change
+    world.on_rank_0(lambda: check_source(source.folder, saved, cfg, accepted))  # and told once
     world.together(lambda: _check_shapes(source, cfg))
     return source
 

@@ -29,11 +29,15 @@ def token_byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
 
 
 def measure_digest(shards: list[Shard], cfg: RunConfig) -> str:
-    """What a validation loss is measured on: which text, how many rows of it, and how they are cut. Losses of one digest can be compared."""
+    """Of what a validation loss is measured on: which text, how many rows, and how they are cut.
+
+    Losses of one digest can be compared. Empty without shards.
+    """
     if not shards:
         return ""
     ids = sorted(shard.meta.shard_id for shard in shards)
-    return sha256_of("validation", {"shards": ids, "rows": cfg.train.eval_rows, "seq_len": cfg.model.seq_len} | row_cut(cfg))
+    rows = {"rows": cfg.train.eval_rows, "seq_len": cfg.model.seq_len}
+    return sha256_of("validation", {"shards": ids} | rows | row_cut(cfg))
 
 
 def reading_copy(cfg: RunConfig, engine: Engine, device: str) -> Transformer:
