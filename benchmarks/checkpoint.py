@@ -7,6 +7,9 @@ The state is a weight and two Adam moments in fp32 for so many parameters, in ma
 turns, every other round backwards, so that a busy disk, or one that tires, slows all of them alike: ours at once, ours in a thread (what the
 loop waits for: the copy, and later the commit), and DCP's own `save` and `async_save`, which neither hash nor read again. Each first turn is
 left out: it makes the buffers. With --synchronous only the two that wait.
+
+At the end, how long the threads of one more save of ours were busy with each part of it. The parts
+overlap, so their sum is more than the save took.
 """
 
 import argparse
@@ -25,6 +28,7 @@ import torch.distributed.checkpoint as dcp
 from machine import machine, write_json
 
 from llm import cli
+from llm.checkpoint import direct, saver
 from llm.checkpoint.manifest import Manifest, Parameter
 from llm.checkpoint.saver import Save
 from llm.checkpoint.slices import KINDS, Slice
@@ -43,11 +47,13 @@ def main() -> None:
     try:
         slices = make_state(args.params, args.device)
         rounds = [take_turns(root, slices, args.think, args.synchronous, backwards=n % 2 == 1) for n in range(args.rounds + 1)][1:]
+        parts = alone(root, lambda folder: busy_seconds(folder, slices))
     finally:
         dist.destroy_process_group()
         shutil.rmtree(root)
     report = summarise(rounds, sum(4 * s.values.numel() for s in slices))
-    report |= {"rounds": rounds, "params": args.params, "machine": machine(["torch", "numpy"])}
+    report |= {"rounds": rounds, "busy_seconds": parts}
+    report |= {"params": args.params, "machine": machine(["torch", "numpy"])}
     print_table(report)
     write_json(report, args.out)
 
@@ -119,6 +125,46 @@ def take_turns(root: Path, slices: list[Slice], think_s: float, synchronous: boo
     return {k: v for turn in (reversed(turns) if backwards else turns) for k, v in alone(root, turn).items()}
 
 
+PARTS = {
+    "look for NaN": (saver, "check_finite"),
+    "copy to buffers": (direct, "_fill"),
+    "write": (direct, "_write_all"),
+    "fsync": (os, "fsync"),
+    "read back, compare": (direct, "_check_same"),
+    "SHA-256": (direct, "_sha256"),
+    "hash of the state": (saver, "state_hash"),
+}
+
+
+def busy_seconds(folder: Path, slices: list[Slice]) -> dict[str, float]:
+    """What the threads of one save spend in each part, and the save."""
+    seconds = {part: [] for part in PARTS}
+    originals = {part: getattr(*place) for part, place in PARTS.items()}
+
+    def timed(part: str) -> Callable:
+        def work(*args):
+            started_at = time.perf_counter()
+            try:
+                return originals[part](*args)
+            finally:
+                seconds[part].append(time.perf_counter() - started_at)
+
+        return work
+
+    for part, (owner, name) in PARTS.items():
+        setattr(owner, name, timed(part))
+    started_at = time.perf_counter()
+    try:
+        saving = Save(World(), folder, manifest_of(slices), slices, lambda checkpoint: None)
+        saving.write()
+        saving.commit()
+    finally:
+        for part, (owner, name) in PARTS.items():
+            setattr(owner, name, originals[part])
+    took = time.perf_counter() - started_at
+    return {part: sum(spent) for part, spent in seconds.items()} | {"the save": took}
+
+
 STAGING = Staging()
 DCP_STAGER = dcp.staging.BlockingAsyncStager(cache_staged_state_dict=torch.cuda.is_available())  # its cache is page-locked, so needs a GPU
 
@@ -156,6 +202,8 @@ def print_table(report: dict) -> None:
     if "blocked_share_of_ours" in report:
         log.info(f"async save blocks for {report['blocked_share_of_ours']:.1%} of the synchronous one (DCP's: {report['blocked_share_of_dcp']:.1%})")
         log.info(f"kept host memory: {report['state_gb']:.2f} GB")
+    for part, seconds in report["busy_seconds"].items():
+        log.info(f"  {part:<22}{seconds:8.2f} s busy")
     log.info(f"synchronous throughput, ours by DCP's: {report['throughput_by_dcp']:.2f}, geometric mean ({ratios[0]:.2f} to {ratios[-1]:.2f})")
 
 

@@ -316,7 +316,9 @@ class CheckpointConfig(Section):
     save_every: Interval = "10%"
     keep_last: Annotated[int, Field(ge=1)] = 2
     keep_best: NonNegativeInt = 1
-    """So many of the best by validation loss are kept too."""
+    """So many of the best by validation loss are kept too, among those measured on the same rows.
+    Where save_every and eval_every never fall on one step, a validation that is among the best so
+    far is followed by a save."""
     keep_epochs: bool = True
     """Keep the checkpoint at the end of each epoch."""
     keep_every: Interval = 0

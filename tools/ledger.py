@@ -45,11 +45,15 @@ HELP = {
 
 
 def _open(run: str, step: int | None = None):
-    """The checkpoint, its ledger and a line that says which one it is."""
+    """The checkpoint's manifest, its ledger and a line that says which one it is."""
     from llm.checkpoint.resume import open_checkpoint
+
+    return _described(open_checkpoint(run, step))
+
+
+def _described(checkpoint):
     from llm.data.ledger import Ledger
 
-    checkpoint = open_checkpoint(run, step)
     manifest = checkpoint.manifest
     line = f"{checkpoint.folder}: step {manifest.step:,}, {manifest.tokens_seen:,} tokens trained on, data digest {manifest.chain[:16]}"
     return manifest, Ledger.from_json(manifest.ledger), line
@@ -72,13 +76,16 @@ def _show(args) -> None:
 
 
 def _verify(args) -> None:
+    from llm.checkpoint.invariants import contradictions
+    from llm.checkpoint.resume import open_checkpoint
     from llm.data.audit import audit_phase, step_problems
     from llm.log import progress
 
-    manifest, ledger, line = _open(args.run, args.step)
+    checkpoint = open_checkpoint(args.run, args.step, rules={})  # contradictions are told below
+    manifest, ledger, line = _described(checkpoint)
     print(line)
     data = _shards_at_hand(manifest, args)
-    problems = step_problems(ledger, manifest.step)
+    problems = contradictions(checkpoint.folder, manifest) + step_problems(ledger, manifest.step)
     if data.is_reachable:
         problems += data.problems(ledger, args.quick)
         print(f"shards: {data.count(ledger)} found by content, {'not read (--quick)' if args.quick else 'every byte read'}")

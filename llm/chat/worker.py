@@ -38,8 +38,8 @@ def choices(run: Path, step: int | None) -> dict[str, tuple[Path, int | None]]:
 
     Only these names lead to files, and no part of a request is ever made into a path.
     """
-    run = run.resolve() if run.is_dir() else run
-    if (run / NAME).exists():
+    run = run.resolve() if folder.is_there(run) else run
+    if folder.is_there(run / NAME):
         return {f"{run.parent.name}/{run.name}": (run, None)}
     others = reversed(folder.entries(run, thinned=True))
     return {run.name: (run, step)} | {f"{run.name}/{entry.path.name}": (entry.path, None) for entry in others}

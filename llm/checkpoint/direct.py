@@ -24,39 +24,46 @@ PAGE = 4096  # what direct I/O wants offsets, lengths and addresses to be multip
 def write_checked(path: Path, row: list["torch.Tensor"]) -> tuple[int, str]:
     """Write 1-D fp32 tensors one after another to a new file; returns its size in bytes and SHA-256. Raises OSError.
 
-    The hash is of what was handed to the system. What came back from the device after fsync is equal to memory, byte for byte. Where direct I/O
-    is to be had (most local disks), it has not been in the page cache; elsewhere the cache is asked to drop the file first, which a file
-    system may ignore. A device's own cache may answer in either case.
+    The hash is of memory, and what came back from the device after fsync is equal to memory, byte
+    for byte. Where direct I/O is to be had (most local disks), it has not been in the page cache;
+    elsewhere the cache is asked to drop the file first, which a file system may ignore. A device's
+    own cache may answer in either case. Hashing is slower than many disks, so it has a thread of
+    its own beside both the writing and the reading, and neither waits for it.
     """
     blocks, size = list(_blocks(row)), 4 * sum(len(t) for t in row)
     handle, is_direct = _create(path)
     try:
-        with ThreadPoolExecutor(2) as pool:
+        with ThreadPoolExecutor(1) as beside, ThreadPoolExecutor(2) as pool:
+            hashing = beside.submit(_sha256, blocks)
             buffers = [np.frombuffer(mmap.mmap(-1, BLOCK_BYTES), np.uint8) for _ in range(SLOTS)]  # aligned to pages
 
-            def write(i: int) -> np.ndarray:
-                content = _fill(buffers[i % SLOTS], blocks[i])
-                _write_all(handle, content, i * BLOCK_BYTES, is_direct)
-                return content[: size - i * BLOCK_BYTES]  # the last block is padded
-
-            digest = hashlib.sha256()
-            for content in _in_order(pool, write, len(blocks)):  # hashing while the disk is waited for
-                digest.update(content)
-            os.ftruncate(handle, size)
-            os.fsync(handle)
-            if hasattr(os, "posix_fadvise"):
-                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
+            def write(i: int) -> None:
+                _write_all(handle, _fill(buffers[i % SLOTS], blocks[i]), i * BLOCK_BYTES, is_direct)
 
             def read(i: int) -> None:
                 _check_same(buffers[i % SLOTS], blocks[i], handle, i * BLOCK_BYTES)
 
+            for _ in _in_order(pool, write, len(blocks)):
+                pass
+            os.ftruncate(handle, size)  # the last block is padded
+            os.fsync(handle)
+            if hasattr(os, "posix_fadvise"):
+                os.posix_fadvise(handle, 0, 0, os.POSIX_FADV_DONTNEED)
             for _ in _in_order(pool, read, len(blocks)):
                 pass
+            return size, hashing.result()
     except OSError as error:
         raise OSError(error.errno, error.strerror, str(path)) from error
     finally:
         os.close(handle)
-    return size, digest.hexdigest()
+
+
+def _sha256(blocks: list[list["torch.Tensor"]]) -> str:
+    digest = hashlib.sha256()
+    for block in blocks:
+        for values in block:
+            digest.update(values.detach().cpu().numpy())  # lets go of Python's lock
+    return digest.hexdigest()
 
 
 def _blocks(row: list["torch.Tensor"]) -> Iterator[list["torch.Tensor"]]:

@@ -10,17 +10,22 @@ run/RUN.json             written after the first commit: from then on the run ne
 """
 
 import json
+import os
 import re
 import shutil
+import stat
 from collections.abc import Callable
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
 from llm import durable
-from llm.checkpoint.manifest import NAME
+from llm.checkpoint.errors import CheckpointError, Unjudged, system_errors
+from llm.checkpoint.manifest import NAME, read_manifest
 from llm.log import log
 
-_COMMITTED = re.compile(r"(step|weights)-(\d{9})-a(\d+)")
+COMMITTED = re.compile(r"(step|weights)-(\d{9})-a(\d+)")
+MARK = "RUN.json"
 
 
 @dataclass(frozen=True, order=True)
@@ -48,18 +53,55 @@ def weights_name(step: int, attempt: int) -> str:
 
 
 def entries(run: Path, thinned: bool = False) -> list[Entry]:
-    """Committed checkpoints that can be resumed from, oldest first; with `thinned`, also those that only have their weights left."""
+    """Folders called like checkpoints that can be resumed from, oldest first; with `thinned`, also
+    like those that only have their weights left.
+
+    What they hold is for `read_manifest` and the invariants to say. Raises Unreadable.
+    """
     found = []
-    for path in run.iterdir() if run.is_dir() else ():
-        match = _COMMITTED.fullmatch(path.name)
-        if match and path.is_dir() and (thinned or match[1] == "step"):
-            found.append(Entry(int(match[3]), int(match[2]), match[1] == "step", path))
+    with system_errors(run):
+        for name in _listed(run):
+            match = COMMITTED.fullmatch(name)
+            if match and (thinned or match[1] == "step") and _is_folder(run / name):
+                found.append(Entry(int(match[3]), int(match[2]), match[1] == "step", run / name))
     return sorted(found)
+
+
+def _listed(folder: Path) -> list[str]:
+    """What is in it; nothing when it is not there. Raises OSError."""
+    try:
+        return os.listdir(folder)
+    except (FileNotFoundError, NotADirectoryError):
+        return []
+
+
+def _is_folder(path: Path) -> bool:
+    """Raises OSError, and Unjudged for a link to what is not there (a disk that is not mounted)."""
+    try:
+        return stat.S_ISDIR(os.stat(path).st_mode)
+    except FileNotFoundError:
+        if not path.is_symlink():
+            return False  # deleted since it was listed
+    target = os.readlink(path)
+    raise Unjudged(
+        f"{path}: is a link to {target}, which is not there. Nothing was moved. Mount or restore "
+        f"what it leads to, or remove the link."
+    )
+
+
+def is_there(path: Path) -> bool:
+    """Whether something of that name is there. Raises Unreadable."""
+    with system_errors(path):
+        try:
+            os.lstat(path)
+        except (FileNotFoundError, NotADirectoryError):
+            return False
+    return True
 
 
 def parse_name(name: str) -> tuple[int, int]:
     """(attempt, step) of a committed checkpoint's name."""
-    match = _COMMITTED.fullmatch(name)
+    match = COMMITTED.fullmatch(name)
     assert match, name
     return int(match[3]), int(match[2])
 
@@ -76,7 +118,7 @@ def other_branches(run: Path, attempt: int, lineage: list[str]) -> set[Path]:
 def next_attempt(run: Path) -> int:
     """One more than any attempt that left a trace, committed or not."""
     names = [p.name for folder in (run, run / "quarantine") if folder.is_dir() for p in folder.iterdir()]
-    attempts = [int(m[3]) for name in names if (m := _COMMITTED.search(name))]
+    attempts = [int(m[3]) for name in names if (m := COMMITTED.search(name))]
     return max(attempts, default=0) + 1
 
 
@@ -90,14 +132,31 @@ def publish(temporary: Path, final: Path, manifest_text: str, check: Callable[[]
 
 def mark_run(run: Path, run_id: str) -> None:
     """Record that this run has committed something."""
-    if not (run / "RUN.json").exists():
+    if not (run / MARK).exists():
         durable.fsync_folder(run.parent)  # the run's folder may be as new as its first checkpoint
-        durable.write_text(run / "RUN.json", json.dumps({"run_id": run_id}) + "\n")
+        durable.write_text(run / MARK, json.dumps({"run_id": run_id}) + "\n")
+
+
+def run_ids(run: Path, besides: Path) -> dict[str, str]:
+    """Which run the folder is of, by what says so: RUN.json, else the checkpoints other than
+    `besides`. Raises Unreadable."""
+    with system_errors(run / MARK):
+        try:
+            return {MARK: str(json.loads((run / MARK).read_bytes())["run_id"])}
+        except (FileNotFoundError, ValueError, TypeError, KeyError):
+            pass  # a kill came between the first commit and this file
+    found = {}
+    for entry in entries(run, thinned=True):
+        if entry.path != besides:
+            with suppress(CheckpointError):
+                found[entry.path.name] = read_manifest(entry.path).run_id
+    return found
 
 
 def has_committed(run: Path) -> bool:
-    """Whether anything tells so: a kill may have come between the first commit and its RUN.json, and that checkpoint be in quarantine."""
-    return (run / "RUN.json").exists() or (run / "quarantine").exists() or bool(entries(run, thinned=True))
+    """Whether anything tells so: a kill may have come between the first commit and its RUN.json,
+    and that checkpoint be in quarantine. Raises Unreadable."""
+    return is_there(run / MARK) or is_there(run / "quarantine") or bool(entries(run, thinned=True))
 
 
 def quarantine(path: Path) -> Path:
@@ -112,8 +171,10 @@ def quarantine(path: Path) -> Path:
 
 def clean(run: Path) -> None:
     """Remove what earlier attempts left half-written or half-deleted."""
-    for leftover in (*run.glob(".tmp-*"), *run.glob(".trash-*")):
-        shutil.rmtree(leftover, ignore_errors=True)
+    with system_errors(run):
+        for name in _listed(run):
+            if name.startswith((".tmp-", ".trash-")):
+                shutil.rmtree(run / name, ignore_errors=True)
 
 
 def remove(path: Path) -> None:

@@ -5,13 +5,15 @@ import json
 import math
 import os
 import re
-import stat
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
 from pydantic import AfterValidator, BaseModel, ConfigDict, Field, NonNegativeInt, ValidationError
 
-from llm.checkpoint.slices import KINDS, CheckpointError, coverage_gaps
+import llm
+from llm.checkpoint.errors import CheckpointError, Damaged, Unjudged
+from llm.checkpoint.plain_files import open_file, open_plain, read_most
+from llm.checkpoint.slices import KINDS, coverage_gaps
 
 NAME = "MANIFEST.json"
 FORMAT = "tally-checkpoint/1"
@@ -54,6 +56,15 @@ class Parent(_Record):
     manifest_sha256: str
 
 
+class BatchSince(_Record):
+    """Where the global batch last changed: each later step took `global_rows` draws, or what its
+    phase had left."""
+
+    step: NonNegativeInt
+    draws: NonNegativeInt
+    """Of all phases together, consumed until then."""
+
+
 class Probed(_Record):
     """The loss of a few fixed rows under these weights, to be computed again after loading."""
 
@@ -77,6 +88,8 @@ class Manifest(_Record):
     """The checkpoint that each attempt in its own history went on from, oldest first; names stay true after deletion."""
     world_size: NonNegativeInt
     global_rows: NonNegativeInt
+    batch_since: BatchSince | None = None
+    """None: not known, in checkpoints that are older than this field."""
     config: dict[str, Any]
     tokenizer_fingerprint: str
     ledger: dict[str, Any]
@@ -85,6 +98,9 @@ class Manifest(_Record):
     engine: dict[str, Any]
     versions: dict[str, str]
     metrics: dict[str, float | None]
+    validated_on: str = ""
+    """Digest of what metrics' val_loss was measured on; only losses of one can be compared. Empty
+    in older checkpoints."""
     recent: dict[str, list[float]] = {}
     """Losses and gradient norms of the last applied steps, which the spike guard judges by."""
     probe: Probed | None = None
@@ -127,37 +143,94 @@ def _seal(fields: dict) -> str:
 
 def read_small(path: Path, most: int) -> bytes:
     """The content of a plain file. Raises ValueError when it is larger than `most` bytes or no plain file, OSError when it cannot be read."""
-    handle = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)  # a pipe must not hang, nor a link lead elsewhere
-    with open(handle, "rb") as file:
-        if not stat.S_ISREG(os.fstat(handle).st_mode):
-            raise ValueError("is not a plain file")
-        content = file.read(most + 1)
-    if len(content) > most:
-        raise ValueError(f"is larger than {most:,} bytes")
-    return content
-
-
-def _unique(pairs: list[tuple[str, Any]]) -> dict:
-    keys = [key for key, _ in pairs]
-    if len(keys) != len(set(keys)):
-        raise ValueError("a key is given twice")
-    return dict(pairs)
-
-
-def _no_constant(name: str) -> None:
-    raise ValueError(f"holds {name}, which is no JSON")
+    handle = open_plain(path)
+    try:
+        return read_most(handle, most)
+    finally:
+        os.close(handle)
 
 
 def read_manifest(folder: Path) -> Manifest:
-    """Parse and check a checkpoint's manifest. Raises CheckpointError that names the file."""
+    """Parse and check a checkpoint's manifest.
+
+    Raises Damaged when its own hash, or the lack of one, proves it wrong, Unjudged when it cannot
+    be read or is another version's. Both name the file.
+    """
     path = folder / NAME
+    fields, odd = _parsed(path, _content(folder))
+    if fields.get("self_sha256") != _seal({k: v for k, v in fields.items() if k != "self_sha256"}):
+        if _is_newer(fields.get("format")):  # which may be sealed by another rule
+            raise Unjudged(_of_another_version(path, fields))
+        raise Damaged(f"{path}: {_UNSOUND} (its content does not match its own hash)")
+    if odd:
+        raise Unjudged(f"{path}: is sealed, but {odd[0]}. {_EDITED}")
     try:
-        fields = json.loads(read_small(path, MAX_BYTES).decode("utf-8"), object_pairs_hook=_unique, parse_constant=_no_constant)
-        manifest = Manifest.model_validate(fields)
-        fields.pop("self_sha256")
-        if manifest.self_sha256 != _seal(fields):
-            raise ValueError("its content does not match its own hash")
-    except (OSError, ValueError, ValidationError, RecursionError) as error:
-        reason = str(error).splitlines()[0] if not isinstance(error, OSError) else error.strerror
-        raise CheckpointError(f"{path}: not a sound checkpoint manifest ({reason}).") from None
-    return manifest
+        return Manifest.model_validate(fields)
+    except ValidationError as error:
+        problems = error.errors()
+    unknown = [_place(p) for p in problems if p["type"] == "extra_forbidden"]
+    if unknown or _is_newer(fields.get("format")):
+        raise Unjudged(_of_another_version(path, fields, unknown))
+    raise Unjudged(f"{path}: is sealed, but {_place(problems[0])}: {problems[0]['msg']}. {_EDITED}")
+
+
+_UNSOUND = "not a sound checkpoint manifest"
+_EDITED = (
+    "No version of this program writes that: it was edited. Nothing was moved; restore the file, "
+    "or move the checkpoint away yourself."
+)
+
+
+def _content(folder: Path) -> bytes:
+    with open_file(folder, NAME) as handle:
+        try:
+            return read_most(handle, MAX_BYTES)
+        except ValueError as error:
+            raise Unjudged(f"{folder / NAME}: {error}. {_EDITED}") from None
+
+
+def _parsed(path: Path, content: bytes) -> tuple[dict[str, Any], list[str]]:
+    """Its JSON object, and what is odd about the text. Raises Damaged when there is none."""
+    odd = []
+
+    def unique(pairs: list[tuple[str, Any]]) -> dict:
+        found = dict(pairs)
+        if len(found) < len(pairs):
+            odd.append("a key is given twice")
+        return found
+
+    def constant(name: str) -> float:
+        odd.append(f"it holds {name}, which is no JSON")
+        return float(name)
+
+    try:
+        text = content.decode("utf-8")
+        fields = json.loads(text, object_pairs_hook=unique, parse_constant=constant)
+        if not isinstance(fields, dict):
+            raise ValueError("it holds no JSON object")
+    except (ValueError, RecursionError) as error:
+        raise Damaged(f"{path}: {_UNSOUND} ({str(error).splitlines()[0]})") from None
+    return fields, odd
+
+
+def _is_newer(name: Any) -> bool:
+    """Whether it is one of our formats with a number that this version does not know."""
+    if not isinstance(name, str):
+        return False
+    found = re.fullmatch(r"tally-(checkpoint|weights)/([1-9]\d{0,5})", name)
+    return found is not None and int(found[2]) > 1
+
+
+def _place(problem: dict) -> str:
+    return ".".join(map(str, problem["loc"]))
+
+
+def _of_another_version(path: Path, fields: dict, unknown: list[str] = ()) -> str:
+    versions = fields.get("versions")
+    theirs = versions.get("tally", "unknown") if isinstance(versions, dict) else "unknown"
+    what = f" and with the field {', '.join(unknown[:3])}" if unknown else ""
+    return (
+        f"{path}: written by Tally {theirs} as {fields.get('format')}{what}; this is Tally "
+        f"{llm.__version__}, which reads {FORMAT} and {WEIGHTS_FORMAT} with the fields it knows. "
+        f"Nothing was moved. Go on with the version that wrote it, or a newer one."
+    )

@@ -1,16 +1,24 @@
 """Resuming: find the newest checkpoint that is whole, agreed by all ranks; readers open one without changing anything."""
 
+import os
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import cached_property
 from pathlib import Path
+from typing import TypeVar
 
 from llm.checkpoint import folder
-from llm.checkpoint.hashes import file_sha256
+from llm.checkpoint.errors import CheckpointError, Damaged, Gone, Unjudged, is_gone, system_errors
+from llm.checkpoint.invariants import INVARIANTS, Rule, check_invariants
 from llm.checkpoint.manifest import NAME, Manifest, read_manifest
-from llm.checkpoint.slices import CheckpointError, SliceReader
+from llm.checkpoint.plain_files import open_file, sha256_of
+from llm.checkpoint.slices import SliceReader
 from llm.cli import NEEDS_A_PERSON
 from llm.dist import World
-from llm.log import log
+from llm.log import UserError, log
+
+Result = TypeVar("Result")
+LOOKS = 10  # of a reader whose checkpoint is deleted each time by the run that trains
 
 
 @dataclass(frozen=True)
@@ -22,90 +30,182 @@ class Checkpoint:
 
     @cached_property
     def reader(self) -> SliceReader:
-        return SliceReader(self.folder, self.manifest.shapes, [f.model_dump() for f in self.manifest.files])
+        return SliceReader(
+            self.folder, self.manifest.shapes, [f.model_dump() for f in self.manifest.files]
+        )
 
 
-class Unseen(CheckpointError):
-    """A checkpoint that one rank cannot read and another finds sound: no damage."""
+@dataclass(frozen=True)
+class _Finding:
+    """What one rank has found wrong with a checkpoint or its share of the files."""
 
-    exit_code = NEEDS_A_PERSON
+    rank: int
+    text: str
+    is_damage: bool
+    exit_code: int
+
+    def error(self, text: str) -> CheckpointError:
+        error = Unjudged(text)
+        error.exit_code = self.exit_code
+        return error
 
 
 _ADVICE = "Look at that rank's host: is the file system there that all share, and at the same place? Then run again."
 
 
 def damage(checkpoint: Path, manifest: Manifest, share: tuple[int, int] = (0, 1)) -> str | None:
-    """The first thing wrong with this rank's share (rank, size) of the files, in words; None when sound."""
+    """What proves that this rank's share (rank, size) of the files is damaged, in words; None when
+    sound. Raises Unjudged."""
     rank, size = share
-    if manifest.gaps:
-        return f"{checkpoint / NAME}: {manifest.gaps[0]}"
     for record in manifest.files[rank::size]:
         path = checkpoint / record.path
-        if not path.is_file() or path.is_symlink():
-            return f"{path}: is missing"
-        if path.stat().st_size != record.bytes:
-            return f"{path}: has {path.stat().st_size:,} bytes, the manifest says {record.bytes:,}"
-        if file_sha256(path) != record.sha256:
-            return f"{path}: its content does not match the hash in the manifest"
+        try:
+            with open_file(checkpoint, record.path) as handle:
+                n_bytes = os.fstat(handle).st_size
+                if n_bytes != record.bytes:
+                    return f"{path}: has {n_bytes:,} bytes, the manifest says {record.bytes:,}"
+                if sha256_of(handle) != record.sha256:
+                    return f"{path}: its content does not match the hash in the manifest"
+        except Damaged as missing:
+            return str(missing)
     return None
 
 
-def open_checkpoint(path: str | Path, step: int | None = None) -> Checkpoint:
-    """Open a checkpoint folder, or the newest sound one (or that of `step`) in a run's folder. Verified; changes nothing."""
+def examine(
+    path: Path, rules: Mapping[str, Rule] = INVARIANTS, share: tuple[int, int] = (0, 1)
+) -> Manifest:
+    """The manifest of a checkpoint whose files (this rank's share of them) are what it says.
+
+    Raises Damaged when something proves the contrary, Unjudged when nothing can be told or it
+    contradicts itself, and Gone.
+    """
+    try:
+        with system_errors(path):
+            manifest = read_manifest(path)
+            check_invariants(path, manifest, rules)
+            if problem := damage(path, manifest, share):
+                raise Damaged(problem)
+            return manifest
+    except CheckpointError:
+        if is_gone(path.absolute()):
+            raise Gone(path) from None
+        raise
+
+
+def open_checkpoint(
+    path: str | Path, step: int | None = None, rules: Mapping[str, Rule] = INVARIANTS
+) -> Checkpoint:
+    """Open a checkpoint folder, or the newest sound one (or that of `step`) in a run's folder.
+
+    Verified; changes nothing. A damaged one is named and passed over. Raises CheckpointError; it is
+    Unjudged for one of which nothing can be told: whether an older one will do, a person must say.
+    """
     path = Path(path)
-    if (path / NAME).exists():
-        manifest, problem = _examined(path)
-        if problem:
-            raise CheckpointError(f"{problem}. This checkpoint is damaged; use another step of the run.")
-        if step not in (None, manifest.step):
-            raise CheckpointError(f"{path}: is the checkpoint of step {manifest.step}, not of {step}. Give the run's folder with --step.")
-        return Checkpoint(path, manifest)
-    there = folder.entries(path, thinned=True)
+    if folder.is_there(path / NAME):
+        return _open_folder(path, step, rules)
+    for _ in range(LOOKS):
+        found = _of_step(path, step)
+        try:
+            for entry in reversed(found):
+                try:
+                    return Checkpoint(entry.path, examine(entry.path, rules))
+                except Damaged as error:
+                    log.warning(f"{error}. Trying an older one.")
+            raise CheckpointError(f"{path}: none of its {len(found)} checkpoints is sound.")
+        except Gone as error:
+            gone = error
+            log.warning(f"{error} Looking once more.")
+    raise gone
+
+
+def read_checkpoint(
+    path: str | Path, step: int | None, read: Callable[[Checkpoint], Result]
+) -> Result:
+    """`read` of what `open_checkpoint` gives; of the next newest if the run deletes that meanwhile.
+
+    Raises what they raise; Gone when the checkpoint's own folder was asked for.
+    """
+    for _ in range(LOOKS):
+        checkpoint = open_checkpoint(path, step)
+        try:
+            return read(checkpoint)
+        except (UserError, OSError):
+            if not is_gone(checkpoint.folder.absolute()):
+                raise
+            gone = Gone(checkpoint.folder)
+        if checkpoint.folder == Path(path):
+            break
+        log.warning(f"{gone} Looking once more.")
+    raise gone
+
+
+def _open_folder(path: Path, step: int | None, rules: Mapping[str, Rule]) -> Checkpoint:
+    try:
+        manifest = examine(path, rules)
+    except Damaged as error:
+        raise Damaged(
+            f"{error}. This checkpoint is damaged; use another step of the run."
+        ) from None
+    if step not in (None, manifest.step):
+        raise CheckpointError(
+            f"{path}: is the checkpoint of step {manifest.step}, not of {step}. Give the run's "
+            f"folder with --step."
+        )
+    return Checkpoint(path, manifest)
+
+
+def _of_step(run: Path, step: int | None) -> list[folder.Entry]:
+    """Its checkpoints (of that step), oldest first; at least one, or CheckpointError."""
+    there = folder.entries(run, thinned=True)
     found = [e for e in there if step is None or e.step == step]
     if not found:
         steps = ", ".join(map(str, sorted({e.step for e in there})))
         wanted = "no checkpoint" if step is None else f"no checkpoint of step {step}"
-        raise CheckpointError(f"{path}: {wanted} here{f' (there are steps {steps})' if steps else ''}. Give a run's folder, such as checkpoints/toy.")
-    for entry in reversed(found):
-        try:
-            return open_checkpoint(entry.path)
-        except CheckpointError as error:
-            log.warning(f"{error} Trying an older one.")
-    raise CheckpointError(f"{path}: none of its {len(found)} checkpoints is sound.")
+        raise CheckpointError(
+            f"{run}: {wanted} here{f' (there are steps {steps})' if steps else ''}. Give a run's "
+            f"folder, such as checkpoints/toy."
+        )
+    return found
 
 
-def _examined(path: Path, share: tuple[int, int] = (0, 1)) -> tuple[Manifest | None, str | None]:
-    """A checkpoint's manifest, and the first thing wrong with it or with this rank's share of its files, in words."""
-    try:
-        manifest = read_manifest(path)
-        return manifest, damage(path, manifest, share)
-    except CheckpointError as error:
-        return None, str(error).removesuffix(".")
-    except OSError as error:
-        return None, f"{path}: cannot be read ({error})"
-
-
-def newest(world: World, run: Path, step: int | None = None) -> Checkpoint | None:
+def newest(
+    world: World, run: Path, step: int | None = None, rules: Mapping[str, Rule] = INVARIANTS
+) -> Checkpoint | None:
     """The checkpoint to go on from (of `step`, if given), the same on every rank; None for a run that never committed one. Collective.
 
-    A damaged one is named and moved to quarantine, and the next older is tried. Raises CheckpointError when none is left, Unseen when only
-    some rank cannot read one, twice.
+    A damaged one is named and moved to quarantine, once rank 0 itself has found it so, and the next
+    older is tried. Raises CheckpointError when none is left, Unjudged when nothing can be told of
+    one, on any rank, twice; then nothing is moved.
     """
     names = world.on_rank_0(lambda: _candidates(run, step))
     for path in (run / name for name in names):
-        manifest, rank, problem = _agreed(world, path)
-        if problem and world.on_rank_0(lambda path=path, rank=rank: _is_sound(path, (rank, world.size))):
-            manifest, rank, problem = _agreed(world, path)  # a file system may fail for a moment, or be late on one host
-            if problem:
-                raise Unseen(f"{problem}, as rank {rank} sees it, but rank 0 finds it sound, so nothing was moved. {_ADVICE}")
-        if problem is None:
+        manifest, finding = _agreed(world, path, rules)
+        if finding is None:
             return Checkpoint(path, manifest)
-        world.on_rank_0(lambda path=path, problem=problem: _set_aside(path, problem))
+        of_rank_0 = world.on_rank_0(
+            lambda path=path, rank=finding.rank: _look_for(path, rules, rank, world.size)
+        )
+        if of_rank_0 is None:
+            # once more: a file system may fail for a moment, or be late on one host
+            manifest, finding = _agreed(world, path, rules)
+            if finding is None:
+                return Checkpoint(path, manifest)
+            raise finding.error(
+                f"{finding.text}, as rank {finding.rank} sees it, but rank 0 finds it sound, so "
+                f"nothing was moved. {_ADVICE}"
+            )
+        finding = _Finding(*of_rank_0)
+        if not finding.is_damage:
+            raise finding.error(f"{finding.text}.")
+        world.on_rank_0(lambda path=path, problem=finding.text: _set_aside(path, problem))
     if step is not None:  # another step than the one asked for is for a person to choose
         world.on_rank_0(lambda: _candidates(run, step))
-    committed = world.gather(folder.has_committed(run))
+    committed = world.gather(world.together(lambda: folder.has_committed(run)))
     if any(committed) and not committed[0]:
-        raise Unseen(f"{run}: rank {committed.index(True)} sees that the run has saved before, rank 0 sees nothing. {_ADVICE}")
+        raise Unjudged(
+            f"{run}: rank {committed.index(True)} sees that the run has saved before, rank 0 sees "
+            f"nothing. {_ADVICE}"
+        )
     if committed[0]:
         raise CheckpointError(
             f"{run}: the run has saved before, but no sound checkpoint is left{_weights_left(run)}. It does not start again from step 0 by itself: "
@@ -114,31 +214,56 @@ def newest(world: World, run: Path, step: int | None = None) -> Checkpoint | Non
     return None
 
 
-def _agreed(world: World, path: Path) -> tuple[Manifest | None, int, str | None]:
-    """The manifest, and which rank has found what first; the same on every rank. Collective."""
-    manifest, problem = _examined(path, (world.rank, world.size))
-    if manifest and not manifest.is_whole:
-        problem = f"{path}: has no optimizer moments"
-    rank, told = next(((r, p) for r, p in enumerate(world.gather(problem)) if p), (0, None))
-    return manifest, rank, told
+def _agreed(
+    world: World, path: Path, rules: Mapping[str, Rule]
+) -> tuple[Manifest | None, _Finding | None]:
+    """The manifest, and what the first rank with a complaint has found, the same on every rank.
+
+    Collective.
+    """
+    manifest, mine = None, None
+    try:
+        manifest = examine(path, rules, (world.rank, world.size))
+    except CheckpointError as error:
+        mine = _complaint(world.rank, error)
+    first = next((finding for finding in world.gather(mine) if finding), None)
+    return manifest, _Finding(*first) if first else None
 
 
-def _is_sound(path: Path, share: tuple[int, int]) -> bool:
-    manifest, problem = _examined(path, share)
-    return problem is None and manifest.is_whole
+def _look_for(path: Path, rules: Mapping[str, Rule], rank: int, size: int) -> list | None:
+    """What this rank finds in another one's share."""
+    try:
+        examine(path, rules, (rank, size))
+    except CheckpointError as error:
+        return _complaint(rank, error)
+    return None
+
+
+def _complaint(rank: int, error: CheckpointError) -> list:
+    """The fields of a _Finding, as they travel between ranks."""
+    # the run is locked, so no other job has deleted it
+    code = NEEDS_A_PERSON if isinstance(error, Gone) else error.exit_code
+    return [rank, str(error).removesuffix("."), isinstance(error, Damaged), code]
 
 
 def _set_aside(path: Path, problem: str) -> None:
     try:
         moved = folder.quarantine(path)
     except OSError as error:
-        raise CheckpointError(f"{problem}. It cannot be moved to quarantine ({error}): move it out of {path.parent} yourself.") from None
+        raise CheckpointError(
+            f"{problem}. It cannot be moved to quarantine ({error}): move it out of {path.parent} "
+            f"yourself."
+        ) from None
     log.error(f"{problem}. This checkpoint is not used; it is now in {moved}.")
 
 
 def _weights_left(run: Path) -> str:
     thinned = folder.entries(run, thinned=True)
-    return f" ({thinned[-1].path} has weights alone: a new run can begin with --init-from)" if thinned else ""
+    return (
+        f" ({thinned[-1].path} has weights alone: a new run can begin with --init-from)"
+        if thinned
+        else ""
+    )
 
 
 def _candidates(run: Path, step: int | None) -> list[str]:

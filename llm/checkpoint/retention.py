@@ -6,16 +6,18 @@ and the next call goes on from there.
 """
 
 import shutil
-from collections.abc import Iterable, Iterator
+from collections import defaultdict
+from collections.abc import Collection, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
 from llm.checkpoint import folder
+from llm.checkpoint.errors import CheckpointError
 from llm.checkpoint.folder import Entry
 from llm.checkpoint.hashes import file_sha256, tokenizer_records
+from llm.checkpoint.invariants import check_invariants
 from llm.checkpoint.manifest import NAME, WEIGHTS_FORMAT, File, Manifest, Parent, read_manifest
 from llm.checkpoint.resume import Checkpoint, damage
-from llm.checkpoint.slices import CheckpointError
 from llm.checkpoint.weights import write_weights
 from llm.log import log
 
@@ -27,7 +29,7 @@ class Retention:
     last: int
     """So many of the newest whole ones whose manifest can be read, always whole."""
     best: int = 0
-    """So many with the lowest validation loss."""
+    """So many with the lowest validation loss, of each measure: other rows' losses say nothing."""
     epochs: bool = False
     """Ends of epochs."""
     every: int = 0
@@ -42,7 +44,8 @@ def apply_retention(run: Path, rules: Retention, protect: Iterable[Path], apart:
     found = [entry for entry in folder.entries(run, thinned=True) if entry.path not in apart]
     manifests = {entry: manifest for entry in found if (manifest := _readable(entry.path))}
     whole = [entry for entry in manifests if entry.is_whole]
-    as_it_is = set(whole[-rules.last :]) | {e for e in found if e.path in protected or e not in manifests}  # unreadable: for resume to judge
+    unknown = {e for e in found if e not in manifests}
+    as_it_is = set(whole[-rules.last :]) | unknown | {e for e in found if e.path in protected}
     keep = {entry.save for entry in as_it_is | set(_chosen(manifests, rules))}
     for save in {entry.save: None for entry in found}:
         both = {entry.is_whole: entry for entry in found if entry.save == save}
@@ -57,17 +60,37 @@ def apply_retention(run: Path, rules: Retention, protect: Iterable[Path], apart:
                 folder.remove(entry.path)
 
 
+def val_losses(run: Path, measure: str, apart: Collection[Path]) -> list[float]:
+    """Validation losses of this measure, one of each save that is there and not `apart`."""
+    found = {}
+    for entry in folder.entries(run, thinned=True):
+        manifest = None if entry.path in apart else _readable(entry.path)
+        if manifest is None or manifest.validated_on != measure:
+            continue
+        if (loss := manifest.metrics.get("val_loss")) is not None:
+            found[entry.save] = loss
+    return list(found.values())
+
+
 def _readable(path: Path) -> Manifest | None:
+    """None for one that cannot be read, is another run's or contradicts itself: that is for resume
+    and a person to judge."""
     try:
-        return read_manifest(path)
+        manifest = read_manifest(path)
+        check_invariants(path, manifest)
+        return manifest
     except CheckpointError as error:
         log.warning(str(error))
         return None
 
 
 def _chosen(manifests: dict[Entry, Manifest], rules: Retention) -> Iterator[Entry]:
-    scored = {entry.save: (m.metrics["val_loss"], entry) for entry, m in manifests.items() if m.metrics.get("val_loss") is not None}
-    yield from (entry for _, entry in sorted(scored.values())[: rules.best])
+    scored = defaultdict(dict)
+    for entry, manifest in manifests.items():
+        if (loss := manifest.metrics.get("val_loss")) is not None:
+            scored[manifest.validated_on][entry.save] = (loss, entry)
+    for of_measure in scored.values():
+        yield from (entry for _, entry in sorted(of_measure.values())[: rules.best])
     reached = 0
     for entry in sorted(manifests, key=lambda e: (e.step, e.attempt)):
         if rules.epochs and manifests[entry].epoch_end:

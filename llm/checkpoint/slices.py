@@ -17,17 +17,14 @@ from typing import TYPE_CHECKING
 import numpy as np
 
 from llm.checkpoint.direct import write_checked
-from llm.log import UserError
+from llm.checkpoint.errors import CheckpointError, Gone, is_gone
+from llm.checkpoint.plain_files import open_file
 
 if TYPE_CHECKING:
     import torch
 
 KINDS = ("fp32", "exp_avg", "exp_avg_sq")
 COPY_ELEMENTS = 1 << 22  # bounds the extra memory of hashing a big slice
-
-
-class CheckpointError(UserError):
-    """A checkpoint is missing, damaged, or of another run."""
 
 
 class NotFinite(ValueError):
@@ -142,8 +139,13 @@ class SliceReader:
             if path not in self._open:
                 self._open[path] = safe_open(self.folder / path, framework="pt")
             values = self._open[path].get_slice(key)[begin:stop]
-        except (SafetensorError, OSError) as error:
+        except SafetensorError as error:
             raise CheckpointError(f"{self.folder / path}: is not as the manifest says ({error}).") from None
+        except OSError as error:
+            if is_gone(self.folder):
+                raise Gone(self.folder) from None
+            with open_file(self.folder, path):  # safetensors keeps the errno to itself
+                raise CheckpointError(f"{self.folder / path}: cannot be read ({error}).") from None
         if values.dtype != torch.float32 or values.shape != (stop - begin,):
             got = f"{tuple(values.shape)} of {values.dtype}"
             raise CheckpointError(f"{self.folder / path}: '{key}' has {got} where the manifest has {stop - begin:,} values of fp32.")

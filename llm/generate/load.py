@@ -4,7 +4,7 @@ from pathlib import Path
 
 import torch
 
-from llm.checkpoint.resume import Checkpoint, open_checkpoint
+from llm.checkpoint.resume import Checkpoint, read_checkpoint
 from llm.config import ModelConfig
 from llm.engine.precision import DTYPES, measure_rates, warn_if_slow
 from llm.log import UserError, log
@@ -20,9 +20,15 @@ def load_run(
     """The model, its tokenizer and the checkpoint that they are from.
 
     `path` is a run's folder, for its newest checkpoint or that of `step`, or the folder of one checkpoint. `packed`: faster on a CPU, but
-    the linear maps have no parameters any more.
+    the linear maps have no parameters any more. When the run deletes the checkpoint meanwhile, the
+    next newest is read.
     """
-    checkpoint = open_checkpoint(path, step)
+    return read_checkpoint(path, step, lambda found: _loaded(found, device, dtype, packed))
+
+
+def _loaded(
+    checkpoint: Checkpoint, device: str, dtype: torch.dtype, packed: bool
+) -> tuple[Transformer, Tokenizer, Checkpoint]:
     tokenizer = load_tokenizer(checkpoint.folder / "tokenizer")
     model = Transformer(ModelConfig.model_validate(checkpoint.manifest.config["model"]).with_vocab(tokenizer.vocab_size))
     for name, weight in model.named_parameters():

@@ -13,6 +13,7 @@ from llm.checkpoint.resume import Checkpoint, open_checkpoint
 from llm.config import ConfigError, RunConfig, interval_steps
 from llm.data.ledger import Ledger
 from llm.dist import World
+from llm.train.invariants import RESUMABLE
 
 CHANGED_BY_ANNEAL = ("train.schedule", "train.warmup_steps", "train.decay_steps")
 
@@ -58,7 +59,8 @@ def find_fork(world: World, cfg: RunConfig, tokens: int, from_step: int | None) 
 
 def _find_fork(cfg: RunConfig, tokens: int, from_step: int | None) -> Fork:
     unfinished = None if from_step is not None else _unfinished(cfg)
-    trunk = open_checkpoint(cfg.run_folder, from_step if unfinished is None else unfinished)
+    step = from_step if unfinished is None else unfinished
+    trunk = open_checkpoint(cfg.run_folder, step, RESUMABLE)
     manifest = trunk.manifest
     _check_constant(cfg, manifest)
     decay_steps = -(-tokens // (manifest.global_rows * cfg.model.seq_len))

@@ -1,5 +1,9 @@
 """What may change between two sittings of one run: nothing that makes it another model, the numbers only when told, the machine freely."""
 
+from collections.abc import Collection
+from logging import INFO, WARNING
+from pathlib import Path
+
 from llm.checkpoint.slices import CheckpointError
 from llm.config import SECTIONS, ConfigError, RunConfig
 from llm.log import log
@@ -8,6 +12,16 @@ from llm.log import log
 # alter the numbers but not what the model is (trajectory) need --accept-change; ranks, stages, micro-batches and intervals are free.
 IDENTITY = {"train.seed"}
 FREE_MODEL = {"model.attention", "model.model_name"}
+# How rope is stretched to longer rows, which a model is fine-tuned for: a new run may change it for
+# another's weights when told.
+STRETCH = {
+    "model.rope_theta",
+    "model.rope_scaling",
+    "model.rope_factor",
+    "model.rope_original_seq_len",
+    "model.rope_low_freq_factor",
+    "model.rope_high_freq_factor",
+}
 TRAJECTORY = {
     f"train.{key}"
     for key in (
@@ -39,6 +53,41 @@ def check_drift(saved: dict, cfg: RunConfig, accepted: list[str]) -> None:
         )
     for key in sorted(changed.keys() - identity - set(refused)):
         log.debug(shown[key]) if key not in trajectory else log.warning(f"accepted: {shown[key]}.")
+
+
+# What a new run may choose anew for another's weights; with learned positions shapes tie seq_len.
+FREE_OF_SOURCE = FREE_MODEL | {"model.z_loss", "model.seq_len", "model.init_std"}
+
+
+def check_source(source: Path, saved: dict, cfg: RunConfig, accepted: Collection[str]) -> None:
+    """Compare the model of the weights that a new run starts from with its own; log what differs.
+
+    Raises CheckpointError that lists every setting for which they would be another model's weights.
+    """
+    before, now = _defaults() | _flat(saved), _flat({"model": cfg.model.model_dump(mode="json")})
+    changed = {
+        key: f"{key}: {before.get(key)!r} there, {value!r} here"
+        for key, value in now.items()
+        if before.get(key) != value
+    }
+    refused = sorted(changed.keys() - FREE_OF_SOURCE - STRETCH)
+    if refused:
+        raise CheckpointError(
+            f"--init-from {source}: its weights were trained as another model than this one:\n"
+            + "\n".join(f"  - {changed[key]}" for key in refused)
+            + "\nUse the values that they were trained with."
+        )
+    stretched = sorted(changed.keys() & STRETCH - set(accepted))
+    if stretched:
+        raise CheckpointError(
+            f"--init-from {source}: its weights were trained with other positions:\n"
+            + "\n".join(f"  - {changed[key]}" for key in stretched)
+            + "\nUse the values that they were trained with. To stretch the model to longer rows "
+            + f"on purpose, give {' '.join(f'--accept-change {key}' for key in stretched)}."
+        )
+    for key in sorted(changed):
+        level = WARNING if key in STRETCH else INFO
+        log.log(level, f"--init-from: {key} {before.get(key)!r} → {now[key]!r} for these weights.")
 
 
 def check_same(of_ranks: list[dict]) -> None:

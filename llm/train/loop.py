@@ -16,7 +16,7 @@ from llm.dist import World
 from llm.engine.process import collect_garbage
 from llm.engine.protocol import Engine, Update
 from llm.log import UserError, log
-from llm.train.budget import Sitting, horizon
+from llm.train.budget import Horizon, Sitting, horizon
 from llm.train.exits import NeedsAPerson
 from llm.train.faults import StopFlag
 from llm.train.fit import train_step
@@ -88,6 +88,7 @@ def train_phase(ready: Ready, stream: Stream, at: Progress) -> str:
     over = horizon(cfg, phase, plan.global_rows, at.step)
     intervals = cfg.checkpoint.save_every, cfg.train.eval_every, cfg.eval.every
     save_every, eval_every, tasks_every = (interval_steps(interval, over.length) for interval in intervals)
+    saves_best = never_meet(save_every, eval_every, over)  # else nothing for keep_best to choose
     saved_step, failed_saves, why = at.step, 0, None
     refused = refused_in_a_row([s.step for s in phase.skipped if s.reason != NO_TARGETS], at.step)
     if not phase.consumed:
@@ -188,7 +189,8 @@ def train_phase(ready: Ready, stream: Stream, at: Progress) -> str:
             result = sitting.validation(validate)
             metrics.validation(at.step, result)
             at.metrics |= {"val_loss": result["loss"] if math.isfinite(result["loss"]) else None, "val_step": float(at.step)}
-        if done or at.epoch_end or is_due(save_every):
+        is_best = saves_best and keeper.is_among_best(at.metrics.get("val_loss"))
+        if done or at.epoch_end or is_due(save_every) or is_best:
             save_now(wait=done)
         if done:
             break
@@ -211,6 +213,14 @@ def train_phase(ready: Ready, stream: Stream, at: Progress) -> str:
         return "budget spent"
     asked = next((name for name in world.gather(stop.signal_name) if name), None)
     return asked or world.broadcast(sitting.over())
+
+
+def never_meet(save_every: int, eval_every: int, over: Horizon) -> bool:
+    """Whether no step up to the end is both validated and saved, though some are either."""
+    if not save_every or not eval_every:
+        return False
+    both = math.lcm(save_every, eval_every)
+    return over.end // both == over.start // both
 
 
 def reraise(problem: UserError | None) -> None:

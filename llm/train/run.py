@@ -38,7 +38,7 @@ from llm.train.start import Found, Options, WriteSamples, build_loaded_engine, f
 from llm.train.starts import note_start
 from llm.train.summary import tell_sitting
 from llm.train.template import run_template
-from llm.train.validate import reading_copy, token_byte_lengths, validate
+from llm.train.validate import measure_digest, reading_copy, token_byte_lengths, validate
 from llm.train.watchdog import Watchdog
 
 Measure = Callable[[Transformer, Tokenizer, World], dict[str, float]]
@@ -134,7 +134,7 @@ def _prepare(found: Found, ledger: Ledger, options: Options, measure: Measure | 
     cfg, world, at, plan, checkpoint, tokenizer = found.cfg, found.world, found.at, found.plan, found.checkpoint, found.tokenizer
     if fork:
         world.together(lambda: fork.check_data(ledger, plan.global_rows, at.step))
-    source = world.together(lambda: open_source(options.init_from, cfg, tokenizer) if checkpoint is None else None)
+    source = open_source(world, options, cfg, tokenizer) if checkpoint is None else None
     template = world.together(lambda: run_template(found.train_shards, checkpoint, source, options.accept_change))
 
     world.on_rank_0(lambda: make_folders(cfg, guards.lock, options.fresh))
@@ -149,7 +149,11 @@ def _prepare(found: Found, ledger: Ledger, options: Options, measure: Measure | 
     probe = Probe(cfg, plan, world, engine, probe_shards(pool(found.train_shards), ledger))
     if checkpoint:
         world.together(lambda: probe.check(checkpoint.manifest, ACCEPT in options.accept_change))
-    keeper = Keeper(cfg, plan, world, engine, tokenizer, checkpoint, guards.lock, probe, template, is_fork=found.begins_fork)
+    measure_of = measure_digest(found.val_shards, cfg)
+    keeper = Keeper(
+        cfg, plan, world, engine, tokenizer, checkpoint, guards.lock, probe, template, measure_of,
+        is_fork=found.begins_fork,
+    )  # fmt: skip
     _introduce(cfg, plan, world, checkpoint, at, ledger, engine.no_varlen)
 
     metrics = Metrics(cfg, world, sitting, DatasetTokens(found.train_shards))

@@ -20,12 +20,14 @@ from llm.dist import World, is_restarted
 from llm.engine import Engine, build_engine
 from llm.engine.precision import resolve_precision
 from llm.log import log
+from llm.model.huggingface_weights import parameter_shapes
 from llm.model.init import build_model
 from llm.model.transformer import Transformer
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.anneal import CHANGED_BY_ANNEAL, Fork
 from llm.train.datasets import open_shards
-from llm.train.drift import check_drift
+from llm.train.drift import check_drift, check_source
+from llm.train.invariants import RESUMABLE
 from llm.train.loop import Progress
 from llm.train.phases import Wish, choose_phase
 
@@ -92,8 +94,11 @@ def find(cfg: RunConfig, world: World, options: Options, fork: Fork | None, lock
     tokenizer = world.together(lambda: load_tokenizer(cfg.tokenizer.tokenizer_path, cfg.tokenizer.tokenizer_type))
     cfg = cfg.model_copy(update={"model": world.together(lambda: cfg.model.with_vocab(tokenizer.vocab_size))})
     train_shards, val_shards = open_shards(cfg, tokenizer, world)
-    world.on_rank_0(lambda: _take_over(cfg.run_folder, lock, options.steal_lock) if cfg.run_folder.is_dir() else None)
-    own = None if options.fresh else world.together(lambda: newest(world, cfg.run_folder, options.from_step if fork is None else None))
+    world.on_rank_0(lambda: _take_over(cfg.run_folder, lock, options.steal_lock))
+    step = options.from_step if fork is None else None
+    own = None
+    if not options.fresh:
+        own = world.together(lambda: newest(world, cfg.run_folder, step, RESUMABLE))
     checkpoint = world.together(fork.open) if fork and own is None else own
     cfg = resolve_precision(cfg, world, checkpoint.manifest.config["engine"]["precision"] if checkpoint else None)
     if checkpoint:
@@ -105,8 +110,10 @@ def find(cfg: RunConfig, world: World, options: Options, fork: Fork | None, lock
 
 
 def _take_over(run: Path, lock: RunLock, by_force: bool) -> None:
-    lock.take(by_force)
-    folder.clean(run)
+    """The folder of a run, if it is there."""
+    if folder.is_there(run):
+        lock.take(by_force)
+        folder.clean(run)
 
 
 def make_folders(cfg: RunConfig, lock: RunLock, fresh: bool) -> None:
@@ -187,14 +194,27 @@ def build_loaded_engine(cfg: RunConfig, world: World, checkpoint: Checkpoint | N
             f"Its files are sound, so this is a fault of the program or of this machine's memory; nothing was changed."
         )
     rng = checkpoint.folder / f"rank-{world.rank:05d}-of-{world.size:05d}.json"
-    world.together(lambda: load_rng_state(rng) if rng.exists() else None)
+    world.together(lambda: load_rng_state(rng) if folder.is_there(rng) else None)
     return engine
 
 
-def open_source(init_from: str | None, cfg: RunConfig, tokenizer: Tokenizer) -> Checkpoint | None:
-    """The checkpoint that --init-from names."""
-    if init_from is None:
+def open_source(
+    world: World, options: Options, cfg: RunConfig, tokenizer: Tokenizer
+) -> Checkpoint | None:
+    """The checkpoint that --init-from names, whose weights mean the same in this run's model.
+
+    Collective; writes nothing. Raises UserError.
+    """
+    if options.init_from is None:
         return None
+    source = world.together(lambda: _open_source(options.init_from, cfg, tokenizer))
+    saved, accepted = source.manifest.config, options.accept_change
+    world.on_rank_0(lambda: check_source(source.folder, saved, cfg, accepted))  # and told once
+    world.together(lambda: _check_shapes(source, cfg))
+    return source
+
+
+def _open_source(init_from: str, cfg: RunConfig, tokenizer: Tokenizer) -> Checkpoint:
     source = open_checkpoint(init_from)
     if source.folder.resolve().is_relative_to(cfg.run_folder.resolve()):
         raise ConfigError(f"--init-from {init_from} is the run that --fresh moves aside. Choose another checkpoint.run_name for the new one.")
@@ -207,12 +227,15 @@ def open_source(init_from: str | None, cfg: RunConfig, tokenizer: Tokenizer) -> 
     return source
 
 
-def _copy_weights(source: Checkpoint, model: nn.Module) -> None:
-    """Weights alone: a new run has its own moments and ledger."""
-    here, there = {name: tuple(p.shape) for name, p in model.named_parameters()}, dict(source.manifest.shapes)
+def _check_shapes(source: Checkpoint, cfg: RunConfig) -> None:
+    here, there = dict(parameter_shapes(cfg.model)), dict(source.manifest.shapes)
     if here != there:
         odd = [f"{n}: {there.get(n)} there, {here.get(n)} here" for n in sorted({*here, *there}) if there.get(n) != here.get(n)]
         raise CheckpointError(f"{source.folder}: its model has other dimensions ({'; '.join(odd[:3])}). Use the same model section.")
+
+
+def _copy_weights(source: Checkpoint, model: nn.Module) -> None:
+    """Weights alone: a new run has its own moments and ledger."""
     for name, parameter in model.named_parameters():
         parameter.data.copy_(source.reader.read_full(name))
     log.info(f"weights from {source.folder}")

@@ -6,11 +6,14 @@ from collections.abc import Callable, Iterable
 import numpy as np
 
 from llm.config import RunConfig
+from llm.data.record import sha256_of
+from llm.data.shards import Shard
 from llm.data.stream import Batch
 from llm.dist import World
 from llm.engine.protocol import Engine
 from llm.model.transformer import Transformer
 from llm.tokenizer.protocol import Tokenizer
+from llm.train.phases import row_cut
 
 
 def summed(world: World, values: list[float]) -> list[float]:
@@ -23,6 +26,18 @@ def token_byte_lengths(tokenizer: Tokenizer, vocab_size: int) -> np.ndarray:
     special = set(tokenizer.special_ids.values())
     lengths = [0 if i in special else len(tokenizer.token_bytes(i)) for i in range(tokenizer.vocab_size)]
     return np.array(lengths + [0] * (vocab_size - len(lengths)), dtype=np.int64)
+
+
+def measure_digest(shards: list[Shard], cfg: RunConfig) -> str:
+    """Of what a validation loss is measured on: which text, how many rows, and how they are cut.
+
+    Losses of one digest can be compared. Empty without shards.
+    """
+    if not shards:
+        return ""
+    ids = sorted(shard.meta.shard_id for shard in shards)
+    rows = {"rows": cfg.train.eval_rows, "seq_len": cfg.model.seq_len}
+    return sha256_of("validation", {"shards": ids} | rows | row_cut(cfg))
 
 
 def reading_copy(cfg: RunConfig, engine: Engine, device: str) -> Transformer:

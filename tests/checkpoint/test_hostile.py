@@ -6,12 +6,15 @@ import os
 from pathlib import Path
 
 import pytest
-from test_save_and_resume import NUMEL, forge, names, save_step
+from resealing import forge
+from test_save_and_resume import NUMEL, names, save_step
 
 from llm.checkpoint import manifest as manifest_module
+from llm.checkpoint.errors import Unjudged
 from llm.checkpoint.manifest import NAME, read_manifest
 from llm.checkpoint.resume import newest, open_checkpoint
 from llm.checkpoint.slices import CheckpointError
+from llm.cli import NEEDS_A_PERSON
 from llm.dist import World
 
 
@@ -136,10 +139,12 @@ def test_a_manifest_that_is_no_plain_file_is_refused_and_not_waited_for(checkpoi
     else:
         (tmp_path / "elsewhere").write_bytes(content)
         path.symlink_to("/dev/zero" if kind == "endless" else tmp_path / "elsewhere")
-    with pytest.raises(CheckpointError, match=NAME):
+    with pytest.raises(Unjudged, match=NAME):
         read_manifest(checkpoint)
-    with pytest.raises(CheckpointError, match="no sound checkpoint"):
+    with pytest.raises(Unjudged, match=NAME) as refused:
         newest(World(), checkpoint.parent)
+    assert refused.value.exit_code == NEEDS_A_PERSON
+    assert names(checkpoint.parent) == {checkpoint.name, "RUN.json"}  # no hash proves it wrong, so it is not moved
 
 
 @pytest.mark.parametrize("kind", ["pipe", "link", "folder"])
@@ -148,8 +153,11 @@ def test_a_file_of_a_checkpoint_that_is_no_plain_file_is_refused_and_not_waited_
     path = next(checkpoint.glob("rank-*"))
     path.rename(tmp_path / "elsewhere")
     {"pipe": lambda: os.mkfifo(path), "link": lambda: path.symlink_to(tmp_path / "elsewhere"), "folder": path.mkdir}[kind]()
-    with pytest.raises(CheckpointError, match=path.name):
+    with pytest.raises(Unjudged, match=path.name):
         open_checkpoint(checkpoint)
+    with pytest.raises(Unjudged, match=path.name):
+        newest(World(), checkpoint.parent)
+    assert names(checkpoint.parent) == {checkpoint.name, "RUN.json"}
 
 
 @pytest.mark.parametrize(

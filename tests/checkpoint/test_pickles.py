@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 from little_run import make_run, sit
 from ranks import run_ranks
-from test_save_and_resume import forge
+from resealing import forge
 
 from llm.checkpoint import folder
 from llm.config import load_config

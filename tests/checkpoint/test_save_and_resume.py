@@ -1,4 +1,3 @@
-import json
 import os
 import random
 import shutil
@@ -11,6 +10,7 @@ from pathlib import Path
 import pytest
 import torch
 from ranks import run_ranks
+from resealing import forge
 
 from llm.checkpoint import direct, folder
 from llm.checkpoint.manifest import NAME, Manifest, Parameter, read_manifest
@@ -301,17 +301,6 @@ def test_a_committed_checkpoint_is_never_overwritten(tmp_path):
     with pytest.raises(SaveFailed):
         save_step(World(), tmp_path, 1)
     assert (path / NAME).read_text() == before
-
-
-def forge(path: Path, change) -> None:
-    """Rewrite a manifest with a valid seal, as somebody with bad intentions would."""
-    fields = json.loads((path / NAME).read_text())
-    change(fields)
-    fields.pop("self_sha256")
-    text = json.dumps(fields, sort_keys=True)
-    import hashlib
-
-    (path / NAME).write_text(json.dumps(fields | {"self_sha256": hashlib.sha256(text.encode()).hexdigest()}))
 
 
 FORGERIES = {

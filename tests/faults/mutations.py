@@ -34,8 +34,8 @@ MUTATIONS = {
     ),
     "the hash of each file": Mutation(
         "llm/checkpoint/resume.py",
-        "        if file_sha256(path) != record.sha256:",
-        "        if False:",
+        "                if sha256_of(handle) != record.sha256:",
+        "                if False:",
         "tests/faults/test_damage.py -k flipped_anywhere_in_a_checkpoint",
     ),
     "reading back what was written": Mutation(
