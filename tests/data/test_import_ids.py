@@ -7,7 +7,8 @@ import pytest
 from counting_shards import TOKENIZER, write_counting
 
 from llm.data.ledger import Ledger, LedgerError, new_shards
-from llm.data.manifest import find_shards, import_ids
+from llm.data.import_ids import import_ids
+from llm.data.manifest import find_shards
 from llm.data.phase import Phase
 from llm.data.shards import Shard, ShardError
 
@@ -67,7 +68,7 @@ def test_a_file_that_has_grown_is_not_taken_for_a_new_text(tmp_path):
 IMPORTER = """
 import sys
 from counting_shards import TOKENIZER
-from llm.data.manifest import import_ids
+from llm.data.import_ids import import_ids
 from llm.data.shards import Shard, verify_shard
 print("ready", flush=True)
 sys.stdin.readline()
