@@ -34,6 +34,16 @@ class ShardsAtHand:
             except UserError as error:
                 self.damage.append(str(error))
 
+    def where(self) -> str:
+        """Where was looked."""
+        if not self.paths:
+            return "this model was imported, and no config says where data lie"
+        return f"looked in {', '.join(self.paths)}" if self.is_reachable else f"none of {', '.join(self.paths)} is there"
+
+    def made_with(self, fingerprint: str) -> list[Shard]:
+        """The shards of this tokenizer: those of others cannot be compared."""
+        return [shard for shard in self.shards.values() if shard.meta.tokenizer["fingerprint"] == fingerprint]
+
     def count(self, ledger: Ledger) -> str:
         held = ledger.shards_held()
         return f"{len(held & self.shards.keys()):,} of {len(held):,}"
@@ -60,12 +70,25 @@ class ShardsAtHand:
 
 
 def configured_paths(config: dict) -> list[str]:
-    """Where a run's config, as a checkpoint holds it, has its data; a .jsonl of ids has become a shard beside it, or in the run's folder."""
-    paths, checkpoint = config["data"]["data_path"], config["checkpoint"]
-    found = [paths] if isinstance(paths, str) else list(paths.values()) if isinstance(paths, dict) else paths
-    run = Path(checkpoint["checkpoint_dir"]) / checkpoint["run_name"]
-    imported = [str(folder / f"{Path(p).stem}.imported") for p in found if p.endswith(".jsonl") for folder in (Path(p).parent, run)]
-    return [p for p in found if not p.endswith(".jsonl")] + [p for p in imported if Path(p).is_dir()]
+    """Where a run's config, as a checkpoint holds it, has its data; a .jsonl of ids has become a shard beside it, or in the run's folder.
+
+    Of an imported model, which no run of ours has trained, none.
+    """
+    if "data" not in config:
+        return []
+    run = Path(config["checkpoint"]["checkpoint_dir"]) / config["checkpoint"]["run_name"]
+    imported = [folder / f"{path.stem}.imported" for path in configured_ids(config) for folder in (path.parent, run)]
+    return [p for p in _data_paths(config) if not p.endswith(".jsonl")] + [str(p) for p in imported if p.is_dir()]
+
+
+def configured_ids(config: dict) -> list[Path]:
+    """The .jsonl of ids that a run's config names."""
+    return [Path(p) for p in _data_paths(config) if p.endswith(".jsonl")]
+
+
+def _data_paths(config: dict) -> list[str]:
+    paths = config.get("data", {}).get("data_path", [])
+    return [paths] if isinstance(paths, str) else list(paths.values()) if isinstance(paths, dict) else paths
 
 
 def _unreadable(shards: list[Shard]) -> list[str]:

@@ -149,7 +149,7 @@ def _prepare(found: Found, ledger: Ledger, options: Options, measure: Measure | 
     probe = Probe(cfg, plan, world, engine, probe_shards(pool(found.train_shards), ledger))
     if checkpoint:
         world.together(lambda: probe.check(checkpoint.manifest, ACCEPT in options.accept_change))
-    keeper = Keeper(cfg, plan, world, engine, tokenizer, checkpoint, guards.lock, probe, template, is_fork=found.begins_fork)
+    keeper = Keeper(cfg, plan, world, engine, tokenizer, checkpoint, guards.lock, probe, template, found.begins_fork, source)
     _introduce(cfg, plan, world, checkpoint, at, ledger, engine.no_varlen)
 
     metrics = Metrics(cfg, world, sitting, DatasetTokens(found.train_shards))

@@ -6,8 +6,8 @@ import sys
 import pytest
 from counting_shards import TOKENIZER, write_counting
 
-from llm.data.ledger import Ledger, LedgerError, new_shards
 from llm.data.import_ids import import_ids
+from llm.data.ledger import Ledger, LedgerError, new_shards
 from llm.data.manifest import find_shards
 from llm.data.phase import Phase
 from llm.data.shards import Shard, ShardError
