@@ -52,7 +52,7 @@ class DocumentAnswer:
     """What was found of one document that no ledger knows as part of a unit."""
 
     document: int
-    """From 1."""
+    """In the file, from 0."""
     tokens: int
     windows: int
     found: int
@@ -154,17 +154,19 @@ def answer(
     by_unit = seen_by_unit(*(run.ledger for run in runs))
     told = Answer(units=len(asked.units), weight=float(sum(unit.weight for unit in asked.units)))
     told.shards_by_run = [Counter() for _ in runs]
-    known = [all(u in by_unit for u in unit.unit_ids) and bool(unit.unit_ids) for unit in asked.units]
-    for unit, is_known in zip(asked.units, known, strict=True):
-        if is_known:
-            fractions = [by_unit[unit_id] for unit_id in unit.unit_ids]
-            told.known_units += 1
+    is_answered = []
+    for unit in asked.units:
+        fractions = [by_unit.get(unit_id, 0.0) for unit_id in unit.unit_ids]
+        is_answered.append(bool(fractions) and min(fractions) > 0)  # else its text may be elsewhere too
+        told.known_units += bool(fractions) and by_unit.keys() >= set(unit.unit_ids)
+        if is_answered[-1]:
             told.trained_weight += unit.weight * sum(fractions) / len(fractions)
             told.is_whole &= min(fractions) == 1.0
-    if not all(known):
-        is_known = np.repeat(known, [unit.n_docs for unit in asked.units]).tolist()
-        unknown = ((n, *document) for n, (k, document) in enumerate(zip(is_known, asked.documents(), strict=True), 1) if not k)
-        for batch in handfuls(unknown, lambda document: len(document[1]), MOST_TOKENS):
+    if not all(is_answered):
+        of_documents = np.repeat(is_answered, [unit.n_docs for unit in asked.units]).tolist()
+        numbered = zip(range(len(of_documents)), of_documents, asked.documents(), strict=True)
+        others = ((number, *document) for number, is_known, document in numbered if not is_known)
+        for batch in handfuls(others, lambda document: len(document[1]), MOST_TOKENS):
             _compare(told, batch, runs, shards, advance, every)
     return told
 
@@ -301,9 +303,10 @@ def _document_lines(told: Answer, most: int) -> list[str]:
     ranked = sorted(told.found, key=lambda record: -record.trained / record.windows)
     lines = []
     for record in ranked[:most]:
-        what = f"{record.trained:,} of {record.windows:,} windows trained on"
-        if not record.trained:
-            what = f"{record.found:,} of {record.windows:,} windows found, none trained on"
+        what = f"{record.found:,} of {record.windows:,} windows found, none trained on"
+        if record.trained:
+            in_full = "" if record.trained_whole == record.trained else f", {record.trained_whole:,} in full"
+            what = f"{record.trained:,} of {record.windows:,} windows trained on{in_full}"
         places = "; ".join(f"{source} document {document:,} in {shard}" for shard, source, document in record.places)
         lines.append(f"  document {record.document:,}: {what}: {places}")
     if len(ranked) > most:
