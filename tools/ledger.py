@@ -18,8 +18,6 @@ from pathlib import Path
 from llm import cli, durable
 from llm.log import UserError, log
 
-MOST_DOCUMENTS = 20  # told on the screen
-
 
 class NotVerified(UserError):
     """The ledger's claims and the recount, or the data, do not agree."""
@@ -235,50 +233,51 @@ def _tell_more(name: str, ledgers: list, mine: dict[str, float], theirs: dict[st
 
 
 def _seen(args) -> None:
-    from llm.corpus.seen_text import answer, answer_lines
+    from llm.corpus.seen_lines import answer_lines
+    from llm.corpus.seen_text import Records, answer
     from llm.data.lineage import history_of
     from llm.log import progress
     from llm.tokenizer import load_tokenizer
 
+    if args.documents and not args.documents.parent.is_dir():
+        raise UserError(f"--documents {args.documents}: there is no folder {args.documents.parent}.")
     checkpoint, _, line = _open(args.run, args.step)
     print(line)
     history, tokenizer = history_of(checkpoint), load_tokenizer(checkpoint.folder / "tokenizer")
-    data = _shards_at_hand(args, list(dict.fromkeys(path for run in history.runs for path in run.data)))
-    asked = _asked(args, checkpoint, history, data, tokenizer)
-    shards = data.made_with(tokenizer.fingerprint)
-    if args.documents and not args.documents.parent.is_dir():
-        raise UserError(f"--documents {args.documents}: there is no folder {args.documents.parent}. Make it, or give another.")
-    records = []
-    with progress(sum(shard.meta.n_tokens for shard in shards), "comparing", "tokens") as bar:
-        told = answer(asked, list(history.runs), shards, bar.advance, records.append if args.documents else lambda _: None)
+    configured = list(dict.fromkeys(path for run in history.runs for path in run.data))
+    records = Records(history, _shards_at_hand(args, configured), tokenizer.fingerprint)
+    asked, found = _asked(args, checkpoint, records, tokenizer), []
+    n_tokens = sum(shard.meta.n_tokens for shard in records.shards)
+    with progress(n_tokens, "comparing", "tokens") as bar:
+        told = answer(asked, records, bar.advance, found.append if args.documents else lambda _: None)
     if args.documents:
-        _write_lines(args.documents, records)
-    print("\n".join(answer_lines(args.file, asked, told, history, data, shards, MOST_DOCUMENTS)))
+        _write_lines(args.documents, found)
+    print("\n".join(answer_lines(args.file, asked, told, records)))
 
 
 def _write_lines(path: Path, records: list[dict]) -> None:
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
     try:
-        durable.write_text(path, "".join(json.dumps(record, ensure_ascii=False) + "\n" for record in records))
+        durable.write_text(path, "".join(lines))
     except OSError as error:
-        raise UserError(f"--documents {path}: cannot be written ({error.strerror}). Give another file.") from None
+        raise UserError(f"--documents {path}: cannot be written ({error.strerror}).") from None
 
 
-def _asked(args, checkpoint, history, data, tokenizer):
+def _asked(args, checkpoint, records, tokenizer):
     from llm.corpus.conversations import kept_template
     from llm.corpus.options import read_options
     from llm.corpus.seen_text import asked_ids, asked_shard, asked_text
     from llm.data.import_ids import holds_ids
     from llm.log import progress
 
-    ledgers = [run.ledger for run in history.runs]
     if args.file.name.endswith((".bin", ".meta.json")):
         return asked_shard(_whole_shard(args.file))
     if args.file.name.endswith(".jsonl") and holds_ids(args.file):
-        return asked_ids(args.file, ledgers, tokenizer)
+        return asked_ids(args.file, records, tokenizer)
     options = read_options(args, kept_template(checkpoint.folder))
-    known = {unit_id for ledger in ledgers for unit_id in ledger.units_held()}
-    with progress(args.file.stat().st_size if args.file.exists() else 0, "reading the file", "bytes") as bar:
-        return asked_text(args.file, data.sources, known, options, tokenizer, bar.advance)
+    size = args.file.stat().st_size if args.file.exists() else 0
+    with progress(size, "reading the file", "bytes") as bar:
+        return asked_text(args.file, records, options, tokenizer, bar.advance)
 
 
 def _whole_shard(path: Path):

@@ -55,11 +55,11 @@ class Parent(_Record):
 
 
 class Base(_Record):
-    """What this model was before its run: another run's weights at a step, or something nobody has recorded."""
+    """What a model was before its run: another run's weights, or something that nobody has noted."""
 
     kind: Literal["weights", "forked", "imported", "unrecorded"]
-    """weights: --init-from, or an export and an import. forked: --anneal, whose ledger goes on from the other's.
-    imported: from elsewhere. unrecorded: by a version that did not note bases; perhaps there was none."""
+    """weights: --init-from, or an export and an import. forked: --anneal, where the ledger goes on.
+    imported: from elsewhere. unrecorded: by a version that noted no bases; perhaps there was none."""
     run: str
     step: NonNegativeInt = 0
     tokens_seen: NonNegativeInt = 0

@@ -1,4 +1,4 @@
-"""Whether a text was trained on: by its units of text where a ledger knows them, else by windows of its tokens."""
+"""Whether a text was trained on: by its units where a ledger knows them, else by its tokens."""
 
 from collections import Counter
 from collections.abc import Callable, Iterator
@@ -14,18 +14,31 @@ from llm.corpus.plan import handfuls
 from llm.corpus.recognise import units_of_file
 from llm.data.at_hand import ShardsAtHand
 from llm.data.import_ids import import_name, read_ids
-from llm.data.ledger import Ledger
-from llm.data.lineage import Ancestor, History
+from llm.data.lineage import History
 from llm.data.origin import documents_between
-from llm.data.overlap import ALL, LENGTHS, NONE, SOME, Overlap, find_windows
-from llm.data.phase import Phase
-from llm.data.seen import percent, seen_by_unit
+from llm.data.overlap import ALL, SOME, Overlap, find_windows
+from llm.data.seen import seen_by_unit
 from llm.data.shards import Shard
 from llm.tokenizer import Tokenizer
 
 MOST_TOKENS = 1 << 23  # of documents that are compared at a time: about 1 GB of memory
 MOST_PLACES, LOOKED_UP = 3, 64
 Advance = Callable[[int], None]
+
+
+@dataclass(frozen=True)
+class Records:
+    """What an answer can rest on: the ledgers of a model's history, and shards."""
+
+    history: History
+    at_hand: ShardsAtHand
+    fingerprint: str
+
+    @property
+    def shards(self) -> list[Shard]:
+        """Those that can be compared: made with the model's tokenizer."""
+        found = self.at_hand.shards.values()
+        return [s for s in found if s.meta.tokenizer["fingerprint"] == self.fingerprint]
 
 
 @dataclass(frozen=True)
@@ -39,20 +52,28 @@ class AskedUnit:
 
 
 @dataclass(frozen=True)
+class AskedDocument:
+    number: int
+    """In the file, from 0."""
+    ids: np.ndarray
+    """int64, without an end-of-text."""
+    weight: int
+
+
+@dataclass(frozen=True)
 class Asked:
     """A file in question."""
 
     units: list[AskedUnit]
-    documents: Callable[[], Iterator[tuple[np.ndarray, int]]]
-    """Gives ids, without an end-of-text, and weight of each document, in order."""
+    documents: Callable[[], Iterator[AskedDocument]]
+    """Gives all of them, in order."""
 
 
 @dataclass(frozen=True)
 class DocumentAnswer:
-    """What was found of one document that no ledger knows as part of a unit."""
+    """What was found of one document that was compared by its tokens."""
 
     document: int
-    """In the file, from 0."""
     tokens: int
     windows: int
     found: int
@@ -62,8 +83,8 @@ class DocumentAnswer:
     trained_whole: int
     """Windows of which all samples were."""
     held_out: int
-    by_run: list[int]
-    """Windows trained on, by each run of the model's history."""
+    by_run: dict[str, int]
+    """Windows of which each run, or "base NAME", has trained on a sample."""
     places: list[tuple[str, str, int]]
     """(shard, source file, document in it from 0): where most of the windows stand."""
 
@@ -72,75 +93,93 @@ class DocumentAnswer:
 class Answer:
     """What is to be said of a file."""
 
+    units: int
+    weight: int
     known_units: int = 0
-    units: int = 0
-    weight: float = 0.0
     trained_weight: float = 0.0
     is_whole: bool = True
     """All of it was trained on."""
-    windows: int = 0
     documents: int = 0
-    """That were compared by windows."""
+    """That were compared by their tokens."""
+    windows: int = 0
     waiting: int = 0
     """Windows in a phase, but in samples that have not been taken."""
     phaseless: Counter = field(default_factory=Counter)
-    """Windows in training shards that no phase holds, by shard."""
+    """By the name of a training shard that no phase holds, windows that stand there alone."""
+    by_run: list[Counter] = field(default_factory=list)
+    """For each run of the history, by shard_id, windows that it has trained on."""
     found: list[DocumentAnswer] = field(default_factory=list)
     """The documents of which something was found."""
-    shards_by_run: list[Counter] = field(default_factory=list)
-    """For each run, windows trained on by shard_id."""
     unreadable: dict[str, str] = field(default_factory=dict)
+    """By shard_id, why a shard could not be compared."""
 
     @property
     def share(self) -> float:
-        return self.trained_weight / max(1.0, self.weight)
+        return self.trained_weight / max(1, self.weight)
 
 
 def asked_text(
-    path: Path, sources: list[dict], known: set[str], options: ReadOptions, tokenizer: Tokenizer, advance: Advance
+    path: Path,
+    records: Records,
+    options: ReadOptions,
+    tokenizer: Tokenizer,
+    advance: Advance,
 ) -> Asked:
-    """A file of text or conversations. Raises UserError."""
-    units = units_of_file(path, sources, known, options, advance)
+    """A file of text or conversations. `advance(n)` hears of bytes read. Raises UserError."""
+    known = {unit_id for run in records.history.runs for unit_id in run.ledger.units_held()}
+    units = units_of_file(path, records.at_hand.sources, known, options, advance)
 
-    def documents() -> Iterator[tuple[np.ndarray, int]]:
-        read = read_documents(path, path.name, 0, path.stat().st_size, options, Counts())
+    def documents() -> Iterator[AskedDocument]:
+        size, number = path.stat().st_size, 0
+        read = read_documents(path, path.name, 0, size, options, Counts())
         for batch in handfuls(read, lambda document: len(document.text), BATCH_CHARS):
             encoded = encode_documents(batch, options.template, tokenizer)
             for document, (ids, _) in zip(batch, encoded, strict=True):
-                yield ids, len(document.text.encode())
+                yield AskedDocument(number, ids, len(document.text.encode()))
+                number += 1
 
-    return Asked([AskedUnit([unit.unit_id], unit.n_docs, unit.n_bytes) for unit in units], documents)
+    return Asked([AskedUnit([u.unit_id], u.n_docs, u.n_bytes) for u in units], documents)
 
 
-def asked_ids(path: Path, ledgers: list[Ledger], tokenizer: Tokenizer) -> Asked:
+def asked_ids(path: Path, records: Records, tokenizer: Tokenizer) -> Asked:
     """A .jsonl of ids: known by its bytes if a run imported it as it is. Raises ShardError."""
-    digest = import_name(path, tokenizer.fingerprint, 0).rsplit(".")[-1]
-    shards = [s for ledger in ledgers for phase in ledger.phases for s in phase.shards]
-    units = [unit_id for s in shards if s.name.rsplit(".")[-1] == digest for unit_id in s.unit_ids]
+    digest = _digest_in(import_name(path, tokenizer.fingerprint, 0))
+    ledgers = [run.ledger for run in records.history.runs]
+    held = [shard for ledger in ledgers for phase in ledger.phases for shard in phase.shards]
+    units = {unit for s in held if _digest_in(s.name) == digest for unit in s.unit_ids}
 
-    def documents() -> Iterator[tuple[np.ndarray, int]]:
-        for ids in read_ids(path, tokenizer.vocab_size):
-            yield _without_end(np.array(ids), tokenizer.eos_id), len(ids)
+    def documents() -> Iterator[AskedDocument]:
+        for number, ids in enumerate(read_ids(path, tokenizer.vocab_size)):
+            yield AskedDocument(number, _without_end(np.array(ids), tokenizer.eos_id), len(ids))
 
-    sizes = [size for _, size in documents()]
-    return Asked([AskedUnit(sorted(set(units)), len(sizes), sum(sizes))], documents)
+    weights = [document.weight for document in documents()]
+    return Asked([AskedUnit(sorted(units), len(weights), sum(weights))], documents)
+
+
+def _digest_in(name: str) -> str:
+    return name.rsplit(".", 1)[-1]
 
 
 def asked_shard(shard: Shard) -> Asked:
-    """A shard's own documents; one for validation is known by none of its units, for these are of its file as a whole."""
-    def documents() -> Iterator[tuple[np.ndarray, int]]:
+    """A shard's own documents.
+
+    One for validation is known by none of its units, for these are of its file as a whole.
+    """
+    meta = shard.meta
+
+    def documents() -> Iterator[AskedDocument]:
         start = 0
-        for stop in shard.doc_ends.tolist():
-            yield _without_end(shard.tokens(start, stop), shard.meta.tokenizer["eos_id"]), stop - start
+        for number, stop in enumerate(shard.doc_ends.tolist()):
+            ids = _without_end(shard.tokens(start, stop), meta.tokenizer["eos_id"])
+            yield AskedDocument(number, ids, stop - start)
             start = stop
 
-    meta = shard.meta
-    whole = [AskedUnit(meta.unit_ids, meta.n_docs, meta.n_tokens)]
     if meta.role == "val":
-        whole = [AskedUnit([], meta.n_docs, meta.n_tokens)]
-    elif sum(unit.get("docs", 0) for unit in meta.units) == meta.n_docs:
-        whole = [AskedUnit([unit["unit_id"]], unit["docs"], unit["bytes"]) for unit in meta.units]
-    return Asked(whole, documents)
+        return Asked([AskedUnit([], meta.n_docs, meta.n_tokens)], documents)
+    if sum(unit.get("docs", 0) for unit in meta.units) == meta.n_docs:
+        units = [AskedUnit([u["unit_id"]], u["docs"], u["bytes"]) for u in meta.units]
+        return Asked(units, documents)
+    return Asked([AskedUnit(meta.unit_ids, meta.n_docs, meta.n_tokens)], documents)
 
 
 def _without_end(ids: np.ndarray, eos_id: int) -> np.ndarray:
@@ -148,181 +187,107 @@ def _without_end(ids: np.ndarray, eos_id: int) -> np.ndarray:
 
 
 def answer(
-    asked: Asked, runs: list[Ancestor], shards: list[Shard], advance: Advance, every: Callable[[dict], None] = lambda _: None
+    asked: Asked,
+    records: Records,
+    advance: Advance,
+    every: Callable[[dict], None] = lambda _: None,
 ) -> Answer:
-    """Ask the ledgers of `runs`, and `shards` for what they do not know. `every`: gets the record of each document compared."""
+    """What the ledgers say of the file, and the shards of what no ledger knows.
+
+    `advance(n)` hears of tokens of shards; `every` gets what was found of each document compared.
+    """
+    runs = records.history.runs
     by_unit = seen_by_unit(*(run.ledger for run in runs))
-    told = Answer(units=len(asked.units), weight=float(sum(unit.weight for unit in asked.units)))
-    told.shards_by_run = [Counter() for _ in runs]
-    is_answered = []
-    for unit in asked.units:
-        fractions = [by_unit.get(unit_id, 0.0) for unit_id in unit.unit_ids]
-        is_answered.append(bool(fractions) and min(fractions) > 0)  # else its text may be elsewhere too
-        told.known_units += bool(fractions) and by_unit.keys() >= set(unit.unit_ids)
-        if is_answered[-1]:
-            told.trained_weight += unit.weight * sum(fractions) / len(fractions)
-            told.is_whole &= min(fractions) == 1.0
+    told = Answer(len(asked.units), sum(unit.weight for unit in asked.units))
+    told.by_run = [Counter() for _ in runs]
+    is_answered = [_ask_ledgers(told, unit, by_unit) for unit in asked.units]
     if not all(is_answered):
         of_documents = np.repeat(is_answered, [unit.n_docs for unit in asked.units]).tolist()
-        numbered = zip(range(len(of_documents)), of_documents, asked.documents(), strict=True)
-        others = ((number, *document) for number, is_known, document in numbered if not is_known)
-        for batch in handfuls(others, lambda document: len(document[1]), MOST_TOKENS):
-            _compare(told, batch, runs, shards, advance, every)
+        pairs = zip(of_documents, asked.documents(), strict=True)
+        others = (document for is_known, document in pairs if not is_known)
+        for batch in handfuls(others, lambda document: len(document.ids), MOST_TOKENS):
+            _compare(told, batch, records, advance, every)
     return told
 
 
+def _ask_ledgers(told: Answer, unit: AskedUnit, by_unit: dict[str, float]) -> bool:
+    """Whether that settles it: text that a phase only holds so far may have come from elsewhere."""
+    fractions = [by_unit.get(unit_id, 0.0) for unit_id in unit.unit_ids]
+    told.known_units += bool(fractions) and by_unit.keys() >= set(unit.unit_ids)
+    if not fractions or min(fractions) == 0:
+        return False
+    told.trained_weight += unit.weight * sum(fractions) / len(fractions)
+    told.is_whole &= min(fractions) == 1
+    return True
+
+
 def _compare(
-    told: Answer, batch: list[tuple[int, np.ndarray, int]], runs: list[Ancestor], shards: list[Shard], advance: Advance, every
+    told: Answer,
+    batch: list[AskedDocument],
+    records: Records,
+    advance: Advance,
+    every: Callable[[dict], None],
 ) -> None:
-    overlap, unreadable = find_windows([ids for _, ids, _ in batch], shards, [run.ledger for run in runs], advance)
+    shards, runs = records.shards, records.history.runs
+    ledgers = [run.ledger for run in runs]
+    overlap, unreadable = find_windows([d.ids for d in batch], shards, ledgers, advance)
     told.unreadable |= unreadable
-    told.documents, told.windows = told.documents + len(batch), told.windows + len(overlap.compared)
-    is_found, is_trained = overlap.shard >= 0, overlap.trained >= SOME
-    for run, state in enumerate(overlap.state):
-        told.shards_by_run[run].update(shards[n].meta.shard_id for n in overlap.shard[state >= SOME].tolist())
-    told.waiting += int((~is_trained & overlap.in_phase).sum())
-    phaseless = is_found & ~is_trained & ~overlap.in_phase & ~overlap.held_out
-    told.phaseless.update(shards[n].meta.name for n in overlap.shard[phaseless].tolist())
-    for (*_, weight), record in zip(batch, _records(overlap, batch, shards), strict=True):
-        told.trained_weight += weight * record.trained / max(1, record.windows)
-        told.is_whole &= record.trained_whole == record.windows
-        if record.found:
-            told.found.append(record)
-        of_runs = {run.name: n for run, n in zip(runs, record.by_run, strict=True) if n}
-        every(asdict(record) | {"by_run": of_runs})
+    told.documents += len(batch)
+    told.windows += len(overlap.compared)
+    for counts, state in zip(told.by_run, overlap.state, strict=True):
+        numbers = overlap.shard[state >= SOME].tolist()
+        counts.update(shards[number].meta.shard_id for number in numbers)
+    is_waiting = (overlap.trained < SOME) & overlap.in_phase
+    is_phaseless = (overlap.shard >= 0) & ~overlap.in_phase & ~overlap.held_out
+    told.waiting += int(is_waiting.sum())
+    told.phaseless.update(shards[number].meta.name for number in overlap.shard[is_phaseless])
+    *bases, itself = (run.name for run in runs)
+    names = [*(f"base {name}" for name in bases), itself]
+    for document, found in zip(batch, _found(overlap, batch, shards, names), strict=True):
+        told.trained_weight += document.weight * found.trained / max(1, found.windows)
+        told.is_whole &= found.trained_whole == found.windows
+        if found.found:
+            told.found.append(found)
+        every(asdict(found))
 
 
-def _records(overlap: Overlap, batch: list[tuple[int, np.ndarray, int]], shards: list[Shard]) -> Iterator[DocumentAnswer]:
-    document, n = overlap.compared.document, len(batch)
-    ends = np.cumsum(np.bincount(document, minlength=n)).tolist()
+def _found(
+    overlap: Overlap,
+    batch: list[AskedDocument],
+    shards: list[Shard],
+    runs: list[str],
+) -> Iterator[DocumentAnswer]:
+    def by_document(chosen: np.ndarray) -> list[int]:
+        return np.bincount(overlap.compared.document[chosen], minlength=len(batch)).tolist()
 
-    def counted(chosen: np.ndarray) -> list[int]:
-        return np.bincount(document[chosen], minlength=n).tolist()
-
-    columns = [
-        counted(document >= 0), counted(overlap.shard >= 0), counted(overlap.trained >= SOME), counted(overlap.trained == ALL),
-        counted(overlap.held_out),
-    ]  # fmt: skip
-    by_run = list(zip(*(counted(state > NONE) for state in overlap.state), strict=True))
-    start = 0
-    for at, (number, ids, _) in enumerate(batch):
-        here, start = slice(start, ends[at]), ends[at]
-        places = _places(overlap, here, shards) if columns[1][at] else []
-        yield DocumentAnswer(number, len(ids), *(column[at] for column in columns), list(by_run[at]), places)
+    windows = by_document(np.ones(len(overlap.compared), bool))
+    found, held_out = by_document(overlap.shard >= 0), by_document(overlap.held_out)
+    some, whole = by_document(overlap.trained >= SOME), by_document(overlap.trained == ALL)
+    by_run = [by_document(state >= SOME) for state in overlap.state]
+    stop = 0
+    for at, document in enumerate(batch):
+        start, stop = stop, stop + windows[at]
+        yield DocumentAnswer(
+            document.number,
+            len(document.ids),
+            windows[at],
+            found[at],
+            some[at],
+            whole[at],
+            held_out[at],
+            {run: counts[at] for run, counts in zip(runs, by_run, strict=True) if counts[at]},
+            _places(overlap, slice(start, stop), shards) if found[at] else [],
+        )
 
 
 def _places(overlap: Overlap, here: slice, shards: list[Shard]) -> list[tuple[str, str, int]]:
-    """Where most of the windows of one document stand, trained on first."""
-    found = Counter()
+    """Where most of the windows of one document stand, by some of them, trained on first."""
     order = np.argsort(-overlap.trained[here].astype(int), kind="stable")
     order = order[overlap.shard[here][order] >= 0]
     order = order[:: -(-len(order) // LOOKED_UP)]
-    for number, place in zip(overlap.shard[here][order].tolist(), overlap.place[here][order].tolist(), strict=True):
+    numbers, places = overlap.shard[here][order], overlap.place[here][order]
+    found = Counter()
+    for number, place in zip(numbers.tolist(), places.tolist(), strict=True):
         ((source, document),) = documents_between(shards[number], place, place + 1)
         found[shards[number].meta.name, source, document] += 1
     return [place for place, _ in found.most_common(MOST_PLACES)]
-
-
-# ---------------------------------------------------------------- for people
-
-
-def answer_lines(
-    file: Path, asked: Asked, told: Answer, history: History, at_hand: ShardsAtHand, shards: list[Shard], most_documents: int
-) -> list[str]:
-    """The answer in words: the verdict first, then what it rests on. `shards`: those that were compared."""
-    compared = {shard.meta.shard_id for shard in shards} - told.unreadable.keys()
-    missing = _missing(history, at_hand, compared) if told.documents else []
-    units = {unit_id for unit in asked.units for unit_id in unit.unit_ids}
-    lines = [f"{file}: {_verdict(told, history, bool(missing))}"]
-    lines.append(f"  {told.known_units:,} of its {told.units:,} units of text are in the data of {_whose(history)}")
-    for run in history.runs:
-        lines += [line for phase in run.ledger.phases for line in _phase_lines(phase, units, _by(run, history))]
-    held_out = sum(u.get("docs", 0) for s in at_hand.shards.values() if s.meta.role == "val" for u in s.meta.units if u["unit_id"] in units)
-    if held_out:
-        lines.append(f"  {held_out:,} of its documents are held out for validation and never trained on")
-    if told.documents:
-        lines += _window_lines(told, history, sum(shard.meta.n_tokens for shard in shards if shard.meta.shard_id in compared), len(compared))
-        lines += _document_lines(told, most_documents)
-    lines += [f"  not compared: {what}" for what in (*missing, *told.unreadable.values())]
-    return lines + [f"  {what}" for what in history.unknown]
-
-
-def _verdict(told: Answer, history: History, is_missing: bool) -> str:
-    if told.trained_weight:
-        return "fully" if told.is_whole else f"partly ({percent(told.share)})"
-    imported = [base.run for base in history.bases if base.kind == "imported"]
-    since = f" since the import of {imported[-1]}" if imported else ", as far as is recorded" if history.unknown else ""
-    return f"never{since}" + (", but not all could be compared" if is_missing else "")
-
-
-def _whose(history: History) -> str:
-    return "the run" if len(history.runs) == 1 else "the run and its bases"
-
-
-def _by(run: Ancestor, history: History) -> str:
-    return "" if run is history.runs[-1] else f"its base run {run.name}, "
-
-
-def _phase_lines(phase: Phase, units: set[str], by: str) -> list[str]:
-    here = [(index, shard) for index, shard in enumerate(phase.shards) if units.intersection(shard.unit_ids)]
-    if not here:
-        return []
-    seen = [phase.seen_samples(index) for index, _ in here]
-    share = sum(int(mask.sum()) for mask in seen) / max(1, sum(mask.size for mask in seen))
-    n_units = len(units.intersection(unit for _, shard in here for unit in shard.unit_ids))
-    names = ", ".join(shard.name for _, shard in here[:5])
-    return [f"  {by}phase {phase.name} ({phase.dataset}), {_steps([phase])}: {n_units:,} units, "
-            f"{percent(share)} of their {len(here):,} shards: {names}"]  # fmt: skip
-
-
-def _steps(phases: list[Phase]) -> str:
-    begun = [phase for phase in phases if phase.first_step is not None]
-    return f"steps {begun[0].first_step:,} to {begun[-1].last_step:,}" if begun else "not begun"
-
-
-def _window_lines(told: Answer, history: History, n_tokens: int, n_shards: int) -> list[str]:
-    lines = [f"  compared: {told.documents:,} documents by {told.windows:,} windows of up to {LENGTHS[0]} tokens, with "
-             f"{n_shards:,} shards of {n_tokens:,} tokens"]  # fmt: skip
-    for run, found in zip(history.runs, told.shards_by_run, strict=True):
-        phases = [phase for phase in run.ledger.phases if found.keys() & {shard.shard_id for shard in phase.shards}]
-        if phases:
-            names = ", ".join(phase.name for phase in phases)
-            who = "the run itself" if run is history.runs[-1] else f"its base run {run.name}"
-            lines.append(f"  {found.total():,} of {told.windows:,} windows trained on by {who} (phase {names}, {_steps(phases)})")
-    if told.waiting:
-        lines.append(f"  {told.waiting:,} windows stand in a phase, in samples that have not been taken")
-    if told.phaseless:
-        names = ", ".join(told.phaseless)
-        lines.append(f"  {told.phaseless.total():,} windows are tokenized, in shards that no phase holds: {names}")
-    if n_held_out := sum(record.held_out for record in told.found):
-        lines.append(f"  {n_held_out:,} windows stand in validation shards, which are never trained on")
-    return lines
-
-
-def _document_lines(told: Answer, most: int) -> list[str]:
-    ranked = sorted(told.found, key=lambda record: -record.trained / record.windows)
-    lines = []
-    for record in ranked[:most]:
-        what = f"{record.found:,} of {record.windows:,} windows found, none trained on"
-        if record.trained:
-            in_full = "" if record.trained_whole == record.trained else f", {record.trained_whole:,} in full"
-            what = f"{record.trained:,} of {record.windows:,} windows trained on{in_full}"
-        places = "; ".join(f"{source} document {document:,} in {shard}" for shard, source, document in record.places)
-        lines.append(f"  document {record.document:,}: {what}: {places}")
-    if len(ranked) > most:
-        lines.append(f"  and {len(ranked) - most:,} more documents of which something was found; --documents FILE writes all")
-    return lines
-
-
-def _missing(history: History, at_hand: ShardsAtHand, compared: set[str]) -> list[str]:
-    """Shards that the runs were trained on and that were not compared."""
-    lines = []
-    for run in history.runs:
-        shards = {s.shard_id: s for phase in run.ledger.phases for s in phase.shards if s.shard_id not in compared}.values()
-        for there, why in ((True, "which another tokenizer made or which are damaged"), (False, f"not at hand: {at_hand.where()}")):
-            chosen = [s for s in shards if (s.shard_id in at_hand.shards) is there]
-            if chosen:
-                whose = f"its base run {run.name}" if run is not history.runs[-1] else "the run"
-                lines.append(f"{len(chosen):,} shards of {sum(s.n_tokens for s in chosen):,} tokens that {whose} was trained on, such as "
-                             f"{chosen[0].name}, {why}")  # fmt: skip
-    return lines

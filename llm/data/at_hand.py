@@ -38,11 +38,8 @@ class ShardsAtHand:
         """Where was looked."""
         if not self.paths:
             return "this model was imported, and no config says where data lie"
-        return f"looked in {', '.join(self.paths)}" if self.is_reachable else f"none of {', '.join(self.paths)} is there"
-
-    def made_with(self, fingerprint: str) -> list[Shard]:
-        """The shards of this tokenizer: those of others cannot be compared."""
-        return [shard for shard in self.shards.values() if shard.meta.tokenizer["fingerprint"] == fingerprint]
+        places = ", ".join(self.paths)
+        return f"looked in {places}" if self.is_reachable else f"none of {places} is there"
 
     def count(self, ledger: Ledger) -> str:
         held = ledger.shards_held()
@@ -70,15 +67,18 @@ class ShardsAtHand:
 
 
 def configured_paths(config: dict) -> list[str]:
-    """Where a run's config, as a checkpoint holds it, has its data; a .jsonl of ids has become a shard beside it, or in the run's folder.
+    """Where a run's config, as a checkpoint holds it, has its data.
 
-    Of an imported model, which no run of ours has trained, none.
+    A .jsonl of ids has become a shard beside it, or in the run's folder. The config of an imported
+    model names none.
     """
     if "data" not in config:
         return []
     run = Path(config["checkpoint"]["checkpoint_dir"]) / config["checkpoint"]["run_name"]
-    imported = [folder / f"{path.stem}.imported" for path in configured_ids(config) for folder in (path.parent, run)]
-    return [p for p in _data_paths(config) if not p.endswith(".jsonl")] + [str(p) for p in imported if p.is_dir()]
+    files = configured_ids(config)
+    imported = [folder / f"{p.stem}.imported" for p in files for folder in (p.parent, run)]
+    others = [path for path in _data_paths(config) if not path.endswith(".jsonl")]
+    return others + [str(path) for path in imported if path.is_dir()]
 
 
 def configured_ids(config: dict) -> list[Path]:
@@ -88,7 +88,9 @@ def configured_ids(config: dict) -> list[Path]:
 
 def _data_paths(config: dict) -> list[str]:
     paths = config.get("data", {}).get("data_path", [])
-    return [paths] if isinstance(paths, str) else list(paths.values()) if isinstance(paths, dict) else paths
+    if isinstance(paths, str):
+        return [paths]
+    return list(paths.values()) if isinstance(paths, dict) else paths
 
 
 def _unreadable(shards: list[Shard]) -> list[str]:

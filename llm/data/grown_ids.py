@@ -26,7 +26,7 @@ _NAME = re.compile(r"(.*)\.cached\.\d+\.[0-9a-f]{12}")
 
 @dataclass(frozen=True)
 class Piece:
-    """Tokens [start, stop) of an imported shard: whole documents, which would be the shard `shard_id`."""
+    """Tokens [start, stop) of an imported shard: the documents of the shard `shard_id`."""
 
     start: int
     stop: int
@@ -45,20 +45,23 @@ class Settled:
 
 
 def settle(shards: Iterable[Shard], ledger: Ledger) -> Settled:
-    """Cut those of `shards` that were imported where the ledger's shards end, and write the pieces beside them.
+    """Cut those of `shards` that were imported where the ledger's shards end; write the pieces.
 
-    A file that no longer begins with what the run was trained on is refused; what an open phase
-    holds of it is used in its place, if that is still there. A file that is the beginning of one
-    that the run knows is left out. Raises ShardError where nothing can be written.
+    They lie beside the whole. A file that no longer begins with what the run was trained on is
+    refused; what an open phase holds of it is used in its place, if that is still there. A file
+    that is the beginning of one that the run knows is left out. Raises ShardError where nothing
+    can be written.
     """
     wholes = {s.meta.shard_id: s for s in shards if s.meta.writer.get("backend") == BACKEND}
     held = {shard.shard_id: shard for phase in ledger.phases for shard in phase.shards}
     pieces = _pieces_of_all(wholes, held)
     pieces_there = {piece.shard_id for found in pieces.values() for piece in found}
     lost = [
-        s for s in held.values()
-        if s.shard_id not in pieces_there and not any(_begins(whole, s.shard_id, s.n_tokens) for whole in wholes.values())
-    ]  # fmt: skip
+        shard
+        for shard in held.values()
+        if shard.shard_id not in pieces_there
+        and not any(_begins(whole, shard.shard_id, shard.n_tokens) for whole in wholes.values())
+    ]
     settled, refused = {}, []
     for shard_id, whole in wholes.items():
         found, stem = pieces[shard_id], stem_of(whole.meta.name)
@@ -67,7 +70,9 @@ def settle(shards: Iterable[Shard], ledger: Ledger) -> Settled:
         if lost_of_it and is_new:
             refused.append(_changed(whole, found, held, lost_of_it))
             settled[shard_id] = _still_there(whole, lost_of_it, ledger.open_phase)
-        elif is_new and any(_is_inside(whole, wholes[other], pieces[other], held) for other in wholes):
+        elif is_new and any(
+            _is_inside(whole, wholes[other], pieces[other], held) for other in wholes
+        ):
             settled[shard_id] = []
         else:
             settled[shard_id] = _write_pieces(whole, found, held)
@@ -88,18 +93,25 @@ def pieces_of(whole: Shard, known: dict[str, int]) -> list[Piece]:
 
     `known`: numbers of tokens by shard_id. Of several that fit, the longest is taken.
     """
-    lengths, pieces, start, end = sorted(set(known.values()), reverse=True), [], 0, whole.meta.n_tokens
+    lengths, pieces, start, end = (
+        sorted(set(known.values()), reverse=True),
+        [],
+        0,
+        whole.meta.n_tokens,
+    )
     while start < end:
         stops = (start + length for length in lengths if _is_document_end(whole, start + length))
         candidates = (Piece(start, stop, _id_between(whole, start, stop), True) for stop in stops)
-        found = next((piece for piece in candidates if known.get(piece.shard_id) == piece.stop - start), None)
+        found = next(
+            (piece for piece in candidates if known.get(piece.shard_id) == piece.stop - start), None
+        )
         pieces.append(found or Piece(start, end, _id_between(whole, start, end), False))
         start = pieces[-1].stop
     return pieces
 
 
 def stem_of(name: str) -> str | None:
-    """Of which file, without its .jsonl, the shard of this name was imported; None for shards of text."""
+    """The name, without .jsonl, of the file that a shard is of; None for shards of text."""
     match = _NAME.fullmatch(name)
     return match[1] if match else None
 
@@ -116,7 +128,11 @@ def _id_between(whole: Shard, start: int, stop: int) -> str:
     if (start, stop) == (0, meta.n_tokens):
         return meta.shard_id
     for at in range(start, stop, HASH_TOKENS):
-        tokens.update(whole.tokens(at, min(at + HASH_TOKENS, stop)).astype(np.dtype(meta.dtype).newbyteorder("<")))
+        tokens.update(
+            whole.tokens(at, min(at + HASH_TOKENS, stop)).astype(
+                np.dtype(meta.dtype).newbyteorder("<")
+            )
+        )
     ends = hashlib.sha256(_ends_between(whole, start, stop).astype(IDX_DTYPE))
     files = {"bin": {"sha256": tokens.hexdigest()}, "idx": {"sha256": ends.hexdigest()}}
     return shard_id_of(meta.tokenizer["fingerprint"], meta.dtype, stop - start, files)
@@ -129,7 +145,9 @@ def _ends_between(whole: Shard, start: int, stop: int) -> np.ndarray:
     return ends[first:last] - start
 
 
-def _is_inside(whole: Shard, other: Shard, pieces: list[Piece], held: dict[str, PhaseShard]) -> bool:
+def _is_inside(
+    whole: Shard, other: Shard, pieces: list[Piece], held: dict[str, PhaseShard]
+) -> bool:
     """Whether `whole` is the beginning of what the run knows of `other`."""
     known = sum(piece.stop - piece.start for piece in pieces if piece.shard_id in held)
     return whole.meta.n_tokens <= known and _begins(other, whole.meta.shard_id, whole.meta.n_tokens)
@@ -148,20 +166,21 @@ def _changed(
     then = [held[piece.shard_id] for piece in pieces if piece.shard_id in held] + lost
     there = [_find(meta.path.parent, shard.name, shard.shard_id) for shard in then]
     lists = f"{sum(shard.meta.n_docs for shard in there):,} lists, " if all(there) else ""
+    n_tokens = sum(shard.n_tokens for shard in then)
     first_lost = there[-len(lost)]
     place = _first_difference(whole, begin, first_lost) if first_lost else None
     return (
-        f"{meta.units[0]['name']}: the run was trained on {lists}{sum(s.n_tokens for s in then):,} tokens of it; "
+        f"{meta.units[0]['name']}: the run was trained on {lists}{n_tokens:,} tokens of it; "
         f"now it has {meta.n_docs:,} lists, {meta.n_tokens:,} tokens, that do not begin with those"
-        f"{f' (list {place:,} is another)' if place else ''}. Put the old lines back, new ones behind them, "
-        f"or give the new text in a file of another name."
+        f"{f' (list {place:,} is another)' if place else ''}. Put the old lines back, new ones "
+        f"behind them, or give the new text in a file of another name."
     )
 
 
 def _first_difference(whole: Shard, begin: int, old: Shard) -> int | None:
-    """The number, from 1, of the first list that differs from those of `old`, which began at `begin`.
+    """The number, from 1, of the first list that differs from those of `old`.
 
-    None where one of the two ends before.
+    `begin`: the token of `whole` at which `old` began. None where one of the two ends before.
     """
     before = int(np.searchsorted(whole.doc_ends.view(np.int64), begin, side="right"))
     now, then = _documents(whole, begin, whole.meta.n_tokens), _documents(old, 0, old.meta.n_tokens)
@@ -172,7 +191,11 @@ def _first_difference(whole: Shard, begin: int, old: Shard) -> int | None:
 def _still_there(whole: Shard, lost: list[PhaseShard], phase: Phase | None) -> list[Shard]:
     """Those shards of the open phase that lie where the file was imported before."""
     wanted = {shard.shard_id for shard in phase.shards} if phase else set()
-    found = (_find(whole.meta.path.parent, shard.name, shard.shard_id) for shard in lost if shard.shard_id in wanted)
+    found = (
+        _find(whole.meta.path.parent, shard.name, shard.shard_id)
+        for shard in lost
+        if shard.shard_id in wanted
+    )
     return [shard for shard in found if shard]
 
 
@@ -195,7 +218,9 @@ def _write_piece(whole: Shard, piece: Piece, known: PhaseShard | None) -> Shard:
         documents = _documents(whole, piece.start, piece.stop)
         parts = ((np.array(ids), np.array([len(ids)])) for ids in documents)
         source = meta.units[0]["name"]
-        written = write_imported(folder, name, parts, meta.tokenizer, meta.seq_len, source, unit_ids)
+        written = write_imported(
+            folder, name, parts, meta.tokenizer, meta.seq_len, source, unit_ids
+        )
     assert written.shard_id == shard_id, (written.path, written.shard_id, shard_id)
     return Shard.open(written.path)
 

@@ -29,7 +29,9 @@ def import_ids(jsonl: Path | str, folder: Path | str, tokenizer: dict, seq_len: 
     warning: whoever writes it has not finished. Raises ShardError that names the line.
     """
     path = Path(jsonl)
-    meta_path = Path(folder) / f"{import_name(path, tokenizer['fingerprint'], seq_len)}{META_SUFFIX}"
+    meta_path = (
+        Path(folder) / f"{import_name(path, tokenizer['fingerprint'], seq_len)}{META_SUFFIX}"
+    )
     with nullcontext() if meta_path.exists() else one_writer(Path(folder)):
         if meta_path.exists():
             return Shard.open(meta_path).meta
@@ -56,8 +58,10 @@ def import_name(jsonl: Path, fingerprint: str, seq_len: int) -> str:
             while data := file.read(1 << 20):
                 digest.update(data)
     except OSError as error:
-        raise ShardError(f"{jsonl}: cannot be read ({error.strerror}). "
-                         f"Give a file with one list of token ids a line.") from None
+        raise ShardError(
+            f"{jsonl}: cannot be read ({error.strerror}). "
+            f"Give a file with one list of token ids a line."
+        ) from None
     return imported_name(jsonl.name.removesuffix(".jsonl"), seq_len, digest.hexdigest())
 
 
@@ -95,8 +99,10 @@ def one_writer(folder: Path) -> Iterator[None]:
         folder.mkdir(parents=True, exist_ok=True)
         lock = open(folder / ".lock", "w")  # noqa: SIM115  held to the end
     except OSError as error:
-        raise ShardError(f"{folder}: cannot be written ({error.strerror}). "
-                         f"data.save_bin=false keeps the shard in the run's folder.") from None
+        raise ShardError(
+            f"{folder}: cannot be written ({error.strerror}). "
+            f"data.save_bin=false keeps the shard in the run's folder."
+        ) from None
     with lock:
         with suppress(OSError):  # a file system that knows no locks
             fcntl.flock(lock, fcntl.LOCK_EX)
@@ -126,7 +132,9 @@ def whole_lines(path: Path, warn: bool) -> Iterator[tuple[int, bytes]]:
             if line.endswith(b"\n") or _is_json(line):
                 yield number, line
             elif warn and line.strip():
-                log.warning(f"{path}:{number}: the last line breaks off; it is left out until it is whole")
+                log.warning(
+                    f"{path}:{number}: the last line breaks off; it is left out until it is whole"
+                )
 
 
 def _is_json(line: bytes) -> bool:
@@ -151,28 +159,42 @@ def line_unit_ids(lines: Iterable[bytes], fingerprint: str) -> list[str]:
     return ids if ids and number == end else [*ids, unit.hexdigest()]
 
 
-def _id_batches(path: Path, vocab_size: int, eos_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
+def _id_batches(
+    path: Path, vocab_size: int, eos_id: int
+) -> Iterator[tuple[np.ndarray, np.ndarray]]:
     n_docs, n_open = 0, 0
     documents = read_ids(path, vocab_size)
     while batch := list(islice(documents, BATCH_LINES)):
         n_docs, n_open = n_docs + len(batch), n_open + sum(ids[-1] != eos_id for ids in batch)
-        yield np.concatenate([np.array(ids, np.int64) for ids in batch]), np.array([len(ids) for ids in batch])
+        yield (
+            np.concatenate([np.array(ids, np.int64) for ids in batch]),
+            np.array([len(ids) for ids in batch]),
+        )
     if n_open:
-        log.warning(f"{path}: {n_open:,} of {n_docs:,} lists do not end with the end-of-text id {eos_id}; "
-                    f"they run into the next one as they are")
+        log.warning(
+            f"{path}: {n_open:,} of {n_docs:,} lists do not end with the end-of-text id {eos_id}; "
+            f"they run into the next one as they are"
+        )
 
 
 def _id_list(line: bytes, where: str, vocab_size: int) -> list[int]:
     try:
         ids = json.loads(line) if line.strip() else []
     except ValueError:
-        raise ShardError(f"{where}: not JSON. Each line must be one list of token ids, "
-                         f"like [17, 4, 0].") from None
-    if not isinstance(ids, list) or not set(map(type, ids)) <= {int}:  # type(): True is an int by isinstance
-        raise ShardError(f"{where}: not a list of whole numbers. Each line must be one list of token ids, "
-                         f"like [17, 4, 0].")
+        raise ShardError(
+            f"{where}: not JSON. Each line must be one list of token ids, like [17, 4, 0]."
+        ) from None
+    if not isinstance(ids, list) or not set(map(type, ids)) <= {
+        int
+    }:  # type(): True is an int by isinstance
+        raise ShardError(
+            f"{where}: not a list of whole numbers. Each line must be one list of token ids, "
+            f"like [17, 4, 0]."
+        )
     if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
         wrong = next(i for i in ids if not 0 <= i < vocab_size)
-        raise ShardError(f"{where}: id {wrong} is outside the vocabulary of {vocab_size:,}. "
-                         f"These ids come from another tokenizer: set tokenizer_path to that one.")
+        raise ShardError(
+            f"{where}: id {wrong} is outside the vocabulary of {vocab_size:,}. "
+            f"These ids come from another tokenizer: set tokenizer_path to that one."
+        )
     return ids

@@ -1,4 +1,4 @@
-"""What a model was trained on before its run: its bases travel through fine-tunes, forks, exports and imports.
+"""What a model was trained on before its run, through fine-tunes, forks, exports and imports.
 
 Each checkpoint holds the ledgers of its bases, so their folders may be gone. An exported folder has
 them in a file beside the weights, with the weights' hashes: weights that were changed since have a
@@ -7,6 +7,7 @@ history that nobody knows.
 
 from dataclasses import dataclass
 from pathlib import Path
+from textwrap import indent
 
 from llm.checkpoint.hashes import file_sha256
 from llm.checkpoint.manifest import NAME, Base
@@ -43,8 +44,9 @@ class History:
     @property
     def unknown(self) -> list[str]:
         """Where the ledgers begin too late, in words."""
-        return [_UNKNOWN[base.kind].format(base.run) for base in self.bases if base.kind in _UNKNOWN]
-
+        return [
+            _UNKNOWN[base.kind].format(base.run) for base in self.bases if base.kind in _UNKNOWN
+        ]
 
     def lines(self, with_phases: bool = True) -> list[str]:
         """The bases for people, oldest first; before what the run itself was trained on."""
@@ -53,30 +55,37 @@ class History:
             if base.kind in _UNKNOWN:
                 lines.append(f"unknown: {_UNKNOWN[base.kind].format(base.run)}")
                 continue
-            at = f"{base.run} at step {base.step:,}, {base.tokens_seen:,} tokens, manifest {base.manifest_sha256[:16]}"
-            lines.append(f"began with the weights of {at}" if base.kind == "weights" else f"goes on from {at} (--anneal)")
+            lines.append(
+                f"{_BEGAN[base.kind]} {base.run} at step {base.step:,}, "
+                f"{base.tokens_seen:,} tokens, manifest {base.manifest_sha256[:16]}"
+            )
             if base.ledger is not None and with_phases:
-                phases = view_lines(seen_view(Ledger.from_json(base.ledger)))
-                lines += [f"  {line}" if line.strip() else line for text in phases for line in text.strip("\n").split("\n")]
+                phases = "\n".join(view_lines(seen_view(Ledger.from_json(base.ledger))))
+                lines += indent(phases.strip("\n"), "  ").splitlines()
         return lines
 
 
+_BEGAN = {"weights": "began with the weights of", "forked": "forked (--anneal) from"}
 _UNKNOWN = {
     "imported": "what {} was trained on before it was imported is unknown",
-    "unrecorded": "{} was begun with a version that noted no bases: if it had one, what that was trained on is unknown",
+    "unrecorded": "{} was begun by a version that noted no bases, so it may have one",
 }
 
 
 def history_of(checkpoint: Checkpoint) -> History:
     manifest, name = checkpoint.manifest, _run_name(checkpoint)
     bases = tuple(_recorded_bases(checkpoint))
-    runs = [Ancestor(b.run, Ledger.from_json(b.ledger), b.data) for b in bases if b.ledger is not None]
+    runs = [
+        Ancestor(b.run, Ledger.from_json(b.ledger), b.data) for b in bases if b.ledger is not None
+    ]
     itself = Ancestor(name, Ledger.from_json(manifest.ledger), configured_paths(manifest.config))
     return History(bases, (*runs, itself))
 
 
-def bases_of_run(parent: Checkpoint | None, is_fork: bool, source: Checkpoint | None) -> list[Base] | None:
-    """What the checkpoints of a run note: one that goes on from `parent`, or begins with the weights of `source`."""
+def bases_of_run(
+    parent: Checkpoint | None, is_fork: bool, source: Checkpoint | None
+) -> list[Base] | None:
+    """What a run notes in its checkpoints: it goes on from `parent`, or has weights of `source`."""
     if source:
         return descended(source)
     if parent and is_fork:
@@ -115,14 +124,17 @@ def _run_name(checkpoint: Checkpoint) -> str:
 
 
 def write_lineage(folder: Path, checkpoint: Checkpoint) -> None:
-    """Note in an exported folder where its weights come from; not where on this machine the data lay."""
+    """Note in an exported folder where its weights come from; not where the data lay."""
     bases = [base.model_dump(mode="json") | {"data": []} for base in descended(checkpoint)]
     fields = {"bases": bases, "files": _weight_hashes(folder)}
     write_record(folder / FILE, {"format": FORMAT, "version": VERSION, **fields})
 
 
 def read_lineage(folder: Path) -> list[Base]:
-    """The bases of the weights in an exported folder, or of any other with weights. Raises ShardError for a damaged record."""
+    """The bases of the weights in a folder, which need not be an export of ours.
+
+    Raises ShardError for a damaged record.
+    """
     unknown = Base(kind="imported", run=folder.absolute().name)
     if not (folder / FILE).exists():
         return [unknown]
@@ -131,7 +143,10 @@ def read_lineage(folder: Path) -> list[Base]:
     bases = [Base.model_validate(base) for base in record["bases"]]
     if _weight_hashes(folder) == record["files"]:
         return bases
-    log.warning(f"{folder}: its weights are not those that were exported, so what was done to them since is unknown")
+    log.warning(
+        f"{folder}: its weights are not those that were exported: "
+        f"what was done to them since is unknown"
+    )
     return [*bases, unknown]
 
 

@@ -38,9 +38,10 @@ def _origin(phase: Phase, sample: int, shards: dict[str, Shard]) -> Origin:
 
 
 def documents_between(shard: Shard, start: int, stop: int) -> list[tuple[str, int]]:
-    """Documents that have tokens in [start, stop): a unit's documents follow one another, and units lie as the meta lists them.
+    """Documents that have tokens in [start, stop), as (source file, document in it, from 0).
 
-    Each as (source file, document in it as far as this shard holds it, from 0).
+    They are counted as far as this shard holds the file: a unit's documents follow one another, and
+    units lie as the meta lists them.
     """
     ends = shard.doc_ends.view(np.int64)  # as they are, they would all be converted for each search
     first, last = np.searchsorted(ends, [start, stop - 1], side="right").tolist()

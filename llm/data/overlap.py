@@ -46,20 +46,30 @@ class Compared:
     @classmethod
     def of(cls, documents: list[np.ndarray]) -> "Compared":
         """`documents`: ids of each, without an end-of-text."""
-        begins, cuts = np.cumsum([0, *map(len, documents)])[:-1], [_cut(len(ids)) for ids in documents]
+        begins, cuts = (
+            np.cumsum([0, *map(len, documents)])[:-1],
+            [_cut(len(ids)) for ids in documents],
+        )
         counts = [len(starts) for starts, _ in cuts]
         nothing = [np.zeros(0, np.int64)]  # so that no documents are no special case
         return cls(
             ids=np.concatenate(nothing + documents).astype(np.int64),
             document=np.repeat(np.arange(len(documents)), counts),
-            start=np.concatenate(nothing + [begin + starts for begin, (starts, _) in zip(begins, cuts, strict=True)]),
+            start=np.concatenate(
+                nothing + [begin + starts for begin, (starts, _) in zip(begins, cuts, strict=True)]
+            ),
             length=np.repeat(np.array([length for _, length in cuts], np.int64), counts),
-            is_whole=np.repeat([len(ids) < 2 * LENGTHS[-1] for ids in documents], counts).astype(bool),
+            is_whole=np.repeat([len(ids) < 2 * LENGTHS[-1] for ids in documents], counts).astype(
+                bool
+            ),
         )
 
 
 def _cut(n_tokens: int) -> tuple[np.ndarray, int]:
-    """Where the windows of a document start, and their length. Edges that a cut may have changed are left out."""
+    """Where the windows of a document start, and their length.
+
+    Edges, which a cut may have changed, are left out.
+    """
     length = next((length for length in LENGTHS if n_tokens >= 2 * length), None)
     if length is None:
         return np.zeros(min(1, n_tokens), np.int64), n_tokens
@@ -79,7 +89,7 @@ class Overlap:
     held_out: np.ndarray
     """bool: in a validation shard."""
     shard: np.ndarray
-    """int64: number of the shard that it was found in, of one trained on if there is one; -1: in none."""
+    """int64: number of a shard that it stands in, if it can be of one trained on; -1: in none."""
     place: np.ndarray
     """int64: its first token there."""
 
@@ -87,7 +97,12 @@ class Overlap:
     def nothing_yet(cls, compared: Compared, runs: int) -> "Overlap":
         n = len(compared)
         return cls(
-            compared, np.zeros((runs, n), np.uint8), np.zeros(n, bool), np.zeros(n, bool), np.full(n, -1), np.full(n, -1)
+            compared,
+            np.zeros((runs, n), np.uint8),
+            np.zeros(n, bool),
+            np.zeros(n, bool),
+            np.full(n, -1),
+            np.full(n, -1),
         )
 
     @property
@@ -98,7 +113,9 @@ class Overlap:
     def note(self, found: "_Found", number: int, shard: Shard, trained: "_Trained") -> None:
         """Windows that stand in the shard of this number."""
         states = trained(found.place, found.place + found.length)
-        is_better = (states.max(axis=0, initial=NONE) > self.trained[found.window]) | (self.shard[found.window] < 0)
+        is_better = (states.max(axis=0, initial=NONE) > self.trained[found.window]) | (
+            self.shard[found.window] < 0
+        )
         self.shard[found.window[is_better]] = number
         self.place[found.window[is_better]] = found.place[is_better]
         for mine, state in zip(self.state, states, strict=True):
@@ -123,9 +140,12 @@ class _Found:
 
 
 def find_windows(
-    documents: list[np.ndarray], shards: list[Shard], ledgers: list[Ledger], advance: Callable[[int], None] = lambda _: None
+    documents: list[np.ndarray],
+    shards: list[Shard],
+    ledgers: list[Ledger],
+    advance: Callable[[int], None] = lambda _: None,
 ) -> tuple[Overlap, dict[str, str]]:
-    """What `shards` hold of the documents, and by which of the runs with these ledgers it was trained on.
+    """What `shards` hold of the documents, and which of the runs with these ledgers trained on it.
 
     Also the shards that cannot be read, by shard_id: why. Memory: some 100 bytes for each token of
     the documents and a block of a shard. `advance(n)` hears of tokens of shards.
@@ -149,22 +169,28 @@ def find_windows(
 
 
 class _Table:
-    """The windows of one length by their hashes; one of several with the same ids stands for all."""
+    """The windows of one length by hash; of several with the same ids, one stands for all."""
 
     def __init__(self, compared: Compared, length: int, is_whole: bool):
         self.length, self.is_whole, self._ids = length, is_whole, compared.ids
         self.members = np.flatnonzero((compared.length == length) & (compared.is_whole == is_whole))
         starts = compared.start[self.members]
         rolling = {} if is_whole else _rolling_hashes(self._ids, {length})
-        hashes = rolling[length][starts] if rolling else _hash_rows(_rows(self._ids, starts, length))
-        self._hashes, first, self.inverse = np.unique(hashes, return_index=True, return_inverse=True)
+        hashes = (
+            rolling[length][starts] if rolling else _hash_rows(_rows(self._ids, starts, length))
+        )
+        self._hashes, first, self.inverse = np.unique(
+            hashes, return_index=True, return_inverse=True
+        )
         self.windows, self._starts = self.members[first], starts[first]
         bits = min(26, max(16, len(self._hashes).bit_length() + 4))
         self._shift, self._filter = np.uint64(64 - bits), np.zeros(1 << bits, bool)
         self._filter[self._hashes >> self._shift] = True
 
-    def find(self, hashes: np.ndarray, rows: Callable[[np.ndarray], np.ndarray]) -> tuple[np.ndarray, np.ndarray]:
-        """(windows, which of `hashes` they are); `rows`: gives the ids that some of these are hashes of."""
+    def find(
+        self, hashes: np.ndarray, rows: Callable[[np.ndarray], np.ndarray]
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """(windows, which of `hashes` they are); `rows`: the ids behind some of the hashes."""
         maybe = np.flatnonzero(self._filter[hashes >> self._shift])
         at = np.minimum(np.searchsorted(self._hashes, hashes[maybe]), len(self._hashes) - 1)
         is_there = self._hashes[at] == hashes[maybe]
@@ -173,8 +199,13 @@ class _Table:
         return self.windows[at[is_same]], which[is_same]
 
 
-def _found_in(shard: Shard, tables: list[_Table], advance: Callable[[int], None]) -> Iterator[_Found]:
-    n_tokens, lengths = shard.meta.n_tokens, {table.length for table in tables if not table.is_whole}
+def _found_in(
+    shard: Shard, tables: list[_Table], advance: Callable[[int], None]
+) -> Iterator[_Found]:
+    n_tokens, lengths = (
+        shard.meta.n_tokens,
+        {table.length for table in tables if not table.is_whole},
+    )
     for begin in range(0, n_tokens, BLOCK_TOKENS) if lengths else ():
         tokens = shard.tokens(begin, min(begin + BLOCK_TOKENS + LENGTHS[0] - 1, n_tokens))
         hashes = _rolling_hashes(tokens, lengths)
@@ -188,7 +219,7 @@ def _found_in(shard: Shard, tables: list[_Table], advance: Callable[[int], None]
 
 
 def _whole_documents(shard: Shard, table: _Table) -> Iterator[_Found]:
-    """Documents of the shard that are the same from their first token to their last, or the end-of-text behind it."""
+    """Documents of the shard that are the same from first token to last, but for an end-of-text."""
     ends, eos = shard.doc_ends.astype(np.int64), shard.meta.tokenizer["eos_id"]
     sizes = np.diff(ends, prepend=0)
     for size in (table.length, table.length + 1):
@@ -208,7 +239,15 @@ class _Trained:
     def __init__(self, shard: Shard, ledgers: list[Ledger]):
         shard_id = shard.meta.shard_id
         self._shard = shard
-        self._phases = [[(p, i) for p in ledger.phases for i, s in enumerate(p.shards) if s.shard_id == shard_id] for ledger in ledgers]
+        self._phases = [
+            [
+                (p, i)
+                for p in ledger.phases
+                for i, s in enumerate(p.shards)
+                if s.shard_id == shard_id
+            ]
+            for ledger in ledgers
+        ]
         self._samples: dict[tuple[int, str], tuple[np.ndarray, np.ndarray]] = {}
         self.is_held = any(self._phases)
 
@@ -225,7 +264,7 @@ class _Trained:
 
 
 def samples_in_order(phase: Phase, index: int, shard: Shard) -> tuple[np.ndarray, np.ndarray]:
-    """Where the samples of a phase, or their pieces, start in its shard number `index`, and which were trained on."""
+    """Where samples of a phase, or their pieces, start in a shard, and which were trained on."""
     seen = phase.seen_samples(index)
     if not phase.packing:
         return np.arange(len(seen)) * phase.seq_len, seen
@@ -234,9 +273,13 @@ def samples_in_order(phase: Phase, index: int, shard: Shard) -> tuple[np.ndarray
     return bins.starts[order], np.repeat(seen, np.diff(bins.first))[order]
 
 
-def _state(sample_starts: np.ndarray, seen: np.ndarray, starts: np.ndarray, stops: np.ndarray) -> np.ndarray:
+def _state(
+    sample_starts: np.ndarray, seen: np.ndarray, starts: np.ndarray, stops: np.ndarray
+) -> np.ndarray:
     first = np.searchsorted(sample_starts, starts, side="right") - 1
-    last = np.maximum(first, np.searchsorted(sample_starts, stops - 1) - 1)  # neighbours share a token
+    last = np.maximum(
+        first, np.searchsorted(sample_starts, stops - 1) - 1
+    )  # neighbours share a token
     before = np.r_[0, np.cumsum(seen)]
     n_seen = before[last + 1] - before[first]
     return (n_seen > 0).astype(np.uint8) + (n_seen == last + 1 - first)
@@ -244,7 +287,11 @@ def _state(sample_starts: np.ndarray, seen: np.ndarray, starts: np.ndarray, stop
 
 # ---------------------------------------------------------------- hashes
 
-_MIX = (np.uint64(0x9E3779B97F4A7C15), np.uint64(0xBF58476D1CE4E5B9), np.uint64(0x94D049BB133111EB))  # splitmix64
+_MIX = (
+    np.uint64(0x9E3779B97F4A7C15),
+    np.uint64(0xBF58476D1CE4E5B9),
+    np.uint64(0x94D049BB133111EB),
+)  # splitmix64
 _FACTORS = {length: np.uint64(0xD1342543DE82EF95 + 2 * length) for length in (1, 2, 4, 8, 16)}
 
 
@@ -256,7 +303,7 @@ def _mixed(ids: np.ndarray) -> np.ndarray:
 
 
 def _rolling_hashes(tokens: np.ndarray, lengths: set[int]) -> dict[int, np.ndarray]:
-    """For each length, a power of two from 2, the hash of the window that starts at each token, uint64."""
+    """For each length, a power of two from 2: the hash of the window at each token, uint64."""
     found, hashes = {}, _mixed(tokens)
     for half, factor in _FACTORS.items():
         hashes = hashes[:-half] * factor + hashes[half:]

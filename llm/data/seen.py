@@ -11,7 +11,7 @@ from .phase import Phase, PhaseShard
 
 @dataclass(frozen=True)
 class SeenShard:
-    """A shard as some phases have cut it, and which of its samples they were trained on at least once."""
+    """A shard as some phases have cut it, and which of its samples they have taken at least once."""
 
     phase: Phase
     """The last of them."""
@@ -35,7 +35,7 @@ def seen_shards(ledger: Ledger) -> list[SeenShard]:
 
 
 def seen_by_unit(*ledgers: Ledger) -> dict[str, float]:
-    """For each unit that a phase of these ledgers holds, the fraction of its shard's samples that were trained on at least once."""
+    """For each unit that a phase of these ledgers holds, how much of its shard was trained on."""
     fractions: dict[str, float] = {}
     for found in (seen for ledger in ledgers for seen in seen_shards(ledger)):
         for unit_id in found.shard.unit_ids:

@@ -1,4 +1,4 @@
-"""What of the data at hand a run has not been trained on: samples that no phase has taken, and shards that no phase holds."""
+"""What of the data at hand a run has not been trained on: samples not taken, shards in no phase."""
 
 from dataclasses import dataclass
 
@@ -33,15 +33,21 @@ class Untrained:
 def untrained(ledger: Ledger, at_hand: ShardsAtHand, imports: set[str]) -> list[Untrained]:
     """One for each shard of which something is left.
 
-    `imports`: names of the shards that the .jsonl of ids in the run's config are now. Of a file that
-    has grown, others lie beside them: what it was before.
+    `imports`: names of the shards that the .jsonl of ids in the run's config are now. Of a file
+    that has grown, others lie beside them: what it was before.
     """
     names = _names_by_unit(at_hand)
     held: dict[str, SeenShard] = {}
     for found in seen_shards(ledger):
         before = held.get(found.shard.shard_id)
-        held[found.shard.shard_id] = max(before, found, key=lambda seen: seen.fraction) if before else found
-    left = [_rest(found, at_hand.shards.get(shard_id), names) for shard_id, found in held.items() if not found.seen.all()]
+        held[found.shard.shard_id] = (
+            max(before, found, key=lambda seen: seen.fraction) if before else found
+        )
+    left = [
+        _rest(found, at_hand.shards.get(shard_id), names)
+        for shard_id, found in held.items()
+        if not found.seen.all()
+    ]
     known = {shard_id: found.shard.n_tokens for shard_id, found in held.items()}
     for shard in at_hand.shards.values():
         if shard.meta.role == "train" and shard.meta.shard_id not in held:
@@ -49,18 +55,28 @@ def untrained(ledger: Ledger, at_hand: ShardsAtHand, imports: set[str]) -> list[
             meta = shard.meta
             if n_new:
                 sources = _sources(meta.unit_ids, names, shard)
-                left.append(Untrained(meta.name, sources, tuple(meta.unit_ids), None, 0, 0, n_new, meta.n_tokens))
+                left.append(
+                    Untrained(
+                        meta.name, sources, tuple(meta.unit_ids), None, 0, 0, n_new, meta.n_tokens
+                    )
+                )
     return left
 
 
 def files_in_no_phase(ledger: Ledger, at_hand: ShardsAtHand) -> list[str]:
-    """Names of the sources in the manifests at hand of which no phase holds anything, though there are shards to train on."""
+    """Names of the sources in the manifests at hand that have training shards, but in no phase."""
     held = ledger.units_held()
-    trainable = {unit_id for shard in at_hand.shards.values() if shard.meta.role == "train" for unit_id in shard.meta.unit_ids}
+    trainable = {
+        unit_id
+        for shard in at_hand.shards.values()
+        if shard.meta.role == "train"
+        for unit_id in shard.meta.unit_ids
+    }
     return [
-        ", ".join(source["names"]) for source in at_hand.sources
+        ", ".join(source["names"])
+        for source in at_hand.sources
         if not held.intersection(source["unit_ids"]) and trainable.intersection(source["unit_ids"])
-    ]  # fmt: skip
+    ]
 
 
 def _new_tokens(shard: Shard, known: dict[str, int], imports: set[str]) -> int:
@@ -76,11 +92,20 @@ def _rest(found: SeenShard, shard: Shard | None, names: dict[str, list[str]]) ->
     sizes = _sample_tokens(found, shard)
     sources = _sources(held.unit_ids, names, shard)
     tokens, of_tokens = int(sizes[left].sum()), int(sizes.sum())
-    return Untrained(held.name, sources, held.unit_ids, found.phase.name, int(left.sum()), len(left), tokens, of_tokens)
+    return Untrained(
+        held.name,
+        sources,
+        held.unit_ids,
+        found.phase.name,
+        int(left.sum()),
+        len(left),
+        tokens,
+        of_tokens,
+    )
 
 
 def _sample_tokens(found: SeenShard, shard: Shard | None) -> np.ndarray:
-    """How many tokens each sample predicts, int64; of a packed shard that is not at hand an even part."""
+    """How many tokens each sample predicts, int64; an even part in a packed shard not at hand."""
     phase, held = found.phase, found.shard
     if phase.packing and shard:
         bins = bins_of(shard, phase.seq_len)
@@ -92,9 +117,19 @@ def _sample_tokens(found: SeenShard, shard: Shard | None) -> np.ndarray:
 
 
 def _names_by_unit(at_hand: ShardsAtHand) -> dict[str, list[str]]:
-    return {unit_id: source["names"] for source in at_hand.sources for unit_id in source["unit_ids"]}
+    return {
+        unit_id: source["names"] for source in at_hand.sources for unit_id in source["unit_ids"]
+    }
 
 
 def _sources(unit_ids, names: dict[str, list[str]], shard: Shard | None) -> list[str]:
-    of_units = {unit["unit_id"]: [unit["name"]] for unit in shard.meta.units if "name" in unit} if shard else {}
-    return list(dict.fromkeys(name for unit_id in unit_ids for name in names.get(unit_id, of_units.get(unit_id, []))))
+    of_units = (
+        {unit["unit_id"]: [unit["name"]] for unit in shard.meta.units if "name" in unit}
+        if shard
+        else {}
+    )
+    return list(
+        dict.fromkeys(
+            name for unit_id in unit_ids for name in names.get(unit_id, of_units.get(unit_id, []))
+        )
+    )

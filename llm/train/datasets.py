@@ -37,20 +37,23 @@ def settle_imports(
 
     Also why files that were changed otherwise may not be trained on. Collective. Raises UserError.
     """
+
     def settled() -> tuple[dict[str, list[str]], list[str]]:
         found = settle(pool(datasets), ledger)
         for why in found.refused:
             log.warning(why)
-        return {whole: [str(s.meta.path) for s in shards] for whole, shards in found.shards.items()}, found.refused
+        paths = {whole: [str(s.meta.path) for s in shards] for whole, shards in found.shards.items()}
+        return paths, found.refused
+
+    def opened(shards: list[Shard]) -> list[Shard]:
+        places = [paths.get(s.meta.shard_id, [str(s.meta.path)]) for s in shards]
+        return pool({"": [Shard.open(path) for some in places for path in some]})
 
     paths, refused = world.on_rank_0(settled)
-
-    def in_place_of(shard: Shard) -> list[Shard]:
-        whole = shard.meta.shard_id
-        return [Shard.open(path) for path in paths[whole]] if whole in paths else [shard]
-
-    opened = world.together(lambda: {s.meta.shard_id: in_place_of(s) for s in pool(datasets)})
-    return {name: pool({"": [new for s in shards for new in opened[s.meta.shard_id]]}) for name, shards in datasets.items()}, refused
+    if not paths:
+        return datasets, []
+    found = world.together(lambda: {name: opened(shards) for name, shards in datasets.items()})
+    return found, refused
 
 
 def pool(datasets: dict[str, list[Shard]]) -> list[Shard]:

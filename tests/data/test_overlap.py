@@ -1,4 +1,7 @@
-"""Windows of tokens: what was cut out of a text is found in its shards, other text is not, and what was trained on is told exactly."""
+"""Windows of tokens: what was cut out of a text is found in its shards, other text is not.
+
+Whether it was trained on is told exactly.
+"""
 
 import random
 
@@ -23,7 +26,10 @@ def prose(rng: random.Random, words: list[str], n: int) -> str:
 
 
 def code(rng: random.Random, words: list[str], n: int) -> str:
-    lines = [f"{'    ' * rng.randrange(4)}{rng.choice(words)}({rng.choice(words)}, {rng.randrange(1000)})" for _ in range(n // 4)]
+    lines = [
+        f"{'    ' * rng.randrange(4)}{rng.choice(words)}({rng.choice(words)}, {rng.randrange(999)})"
+        for _ in range(n // 4)
+    ]
     return "\n".join(lines)
 
 
@@ -32,22 +38,36 @@ def unspaced(rng: random.Random, words: list[str], n: int) -> str:
     return "".join(rng.choice(words) + rng.choice([""] * 9 + ["\u3002"]) for _ in range(n))
 
 
-ALPHABETS = {prose: "abcdefghijklmnopqrstuvwxyz\u00e4\u00f6\u00fc", code: "abcdefghij_", unspaced: "".join(map(chr, range(0x4E00, 0x4E40)))}
+ALPHABETS = {
+    prose: "abcdefghijklmnopqrstuvwxyz\u00e4\u00f6\u00fc",
+    code: "abcdefghij_",
+    unspaced: "".join(map(chr, range(0x4E00, 0x4E40))),
+}
 
 
 @pytest.fixture(scope="module", params=ALPHABETS, ids=lambda kind: kind.__name__)
 def corpus(request, tmp_path_factory):
-    """Texts of one kind, as a shard made with a tokenizer that learned from them; and other texts of the same words."""
+    """Texts of one kind, as a shard of a tokenizer trained on them, and others of their words."""
     rng, kind = random.Random(11), request.param
     words = ["".join(rng.choices(ALPHABETS[kind], k=rng.randint(1, 9))) for _ in range(400)]
     texts = [kind(rng, words, rng.randint(150, 400)) for _ in range(60)]
     tokenizer = train_bpe(texts, vocab_size=600).tokenizer
     info = tokenizer_info(tokenizer)
-    parts = [(np.r_[ids, tokenizer.eos_id].astype(np.int64), np.array([len(ids) + 1])) for ids in tokenizer.encode_batch(texts)]
+    parts = [
+        (np.r_[ids, tokenizer.eos_id].astype(np.int64), np.array([len(ids) + 1]))
+        for ids in tokenizer.encode_batch(texts)
+    ]
     meta = write_shard(
-        tmp_path_factory.mktemp("shards"), "x", parts, dtype=token_dtype(info["vocab_size"]), tokenizer=info,
-        units=[{"unit_id": "u", "bytes": 1}], role="train", seq_len=32, writer={},
-    )  # fmt: skip
+        tmp_path_factory.mktemp("shards"),
+        "x",
+        parts,
+        dtype=token_dtype(info["vocab_size"]),
+        tokenizer=info,
+        units=[{"unit_id": "u", "bytes": 1}],
+        role="train",
+        seq_len=32,
+        writer={},
+    )
     foreign = [kind(rng, words, 300) for _ in range(60)]
     return rng, tokenizer, texts, foreign, Shard.open(meta.path)
 
@@ -64,7 +84,9 @@ def cut_out(rng: random.Random, tokenizer, texts: list[str]) -> np.ndarray:
 def shares(documents: list[np.ndarray], shard: Shard) -> np.ndarray:
     """The part of each document's windows that was trained on, after one pass over the shard."""
     phase = Phase.plan("p0", 3, 1, 32, [shard])
-    overlap, unreadable = find_windows(documents, [shard], [Ledger().open(phase).advance(phase.total, 1)])
+    overlap, unreadable = find_windows(
+        documents, [shard], [Ledger().open(phase).advance(phase.total, 1)]
+    )
     assert not unreadable
     document = overlap.compared.document
     counts = np.bincount(document, minlength=len(documents))
@@ -82,7 +104,10 @@ def test_of_cut_outs_99_in_100_are_found_and_of_foreign_text_99_in_100_are_not(c
 
 def test_a_shared_passage_in_foreign_text_is_that_part_of_its_windows(corpus):
     rng, tokenizer, texts, foreign, shard = corpus
-    mixed = [f"{theirs[:700]} {ours[60:400]} {theirs[700:1400]}" for ours, theirs in zip(texts, foreign, strict=True)]
+    mixed = [
+        f"{theirs[:700]} {ours[60:400]} {theirs[700:1400]}"
+        for ours, theirs in zip(texts, foreign, strict=True)
+    ]
     found = shares(tokenizer.encode_batch(mixed), shard)
     assert (found > 0.01).all() and (found < 0.6).all()
 
@@ -98,7 +123,11 @@ def test_whether_a_window_was_trained_on_is_what_walking_through_the_draws_says(
     drawn = set()
     for row in Sampler(phase, shards).rows(np.arange(44))[0].tolist():
         drawn.update(zip(row, row[1:], strict=False))  # neighbours, of which the second is a target
-    overlap, _ = find_windows([np.arange(90, 180), np.arange(2, 80), np.arange(310, 340), np.arange(400, 418)], shards, [ledger])
+    overlap, _ = find_windows(
+        [np.arange(90, 180), np.arange(2, 80), np.arange(310, 340), np.arange(400, 418)],
+        shards,
+        [ledger],
+    )
     compared = overlap.compared
     states = set()
     for window in range(len(compared)):
@@ -128,26 +157,53 @@ def test_of_packed_documents_as_well(tmp_path):
 @pytest.mark.parametrize("n_tokens", [1, 2, 7, 8, 15])
 def test_a_document_of_few_tokens_is_found_as_a_whole_document_only(tmp_path, n_tokens):
     eos = [0]
-    parts = [(np.array([*range(100, 100 + n_tokens), *eos, *range(300, 340)]), np.array([n_tokens + 1, 40])),
-             (np.array([*range(500, 500 + n_tokens), *range(700, 740)]), np.array([n_tokens, 40]))]  # fmt: skip
+    parts = [
+        (
+            np.array([*range(100, 100 + n_tokens), *eos, *range(300, 340)]),
+            np.array([n_tokens + 1, 40]),
+        ),
+        (np.array([*range(500, 500 + n_tokens), *range(700, 740)]), np.array([n_tokens, 40])),
+    ]
     meta = write_shard(
-        tmp_path, "x", parts, dtype=token_dtype(70_000), tokenizer=TOKENIZER,
-        units=[{"unit_id": "u", "bytes": 1}], role="train", seq_len=8, writer={},
-    )  # fmt: skip
+        tmp_path,
+        "x",
+        parts,
+        dtype=token_dtype(70_000),
+        tokenizer=TOKENIZER,
+        units=[{"unit_id": "u", "bytes": 1}],
+        role="train",
+        seq_len=8,
+        writer={},
+    )
     there = [np.arange(100, 100 + n_tokens), np.arange(500, 500 + n_tokens)]
-    not_there = [np.arange(300, 300 + n_tokens), np.arange(501, 501 + n_tokens), np.arange(901, 901 + n_tokens)]
+    not_there = [
+        np.arange(300, 300 + n_tokens),
+        np.arange(501, 501 + n_tokens),
+        np.arange(901, 901 + n_tokens),
+    ]
     overlap, _ = find_windows(there + not_there, [Shard.open(meta.path)], [])
-    assert [overlap.place[of_document(overlap, n)].tolist() for n in range(5)] == [[0], [n_tokens + 41], [-1], [-1], [-1]]
+    assert [overlap.place[of_document(overlap, n)].tolist() for n in range(5)] == [
+        [0],
+        [n_tokens + 41],
+        [-1],
+        [-1],
+        [-1],
+    ]
 
 
 def test_windows_are_found_at_the_borders_of_blocks_and_in_the_same_text_twice(tmp_path):
     (shard,) = counting_shards(tmp_path, [69_000], doc_tokens=69_000)
     again = write_counting(tmp_path / "again", "x", 100, 500)
     starts = [0, 5, 1000, 68_900]
-    overlap, _ = find_windows([np.arange(s, s + 100) for s in starts], [shard, Shard.open(again.path)], [])
+    overlap, _ = find_windows(
+        [np.arange(s, s + 100) for s in starts], [shard, Shard.open(again.path)], []
+    )
     for number, start in enumerate(starts):
         windows = of_document(overlap, number)
-        assert overlap.place[windows].tolist() == (overlap.compared.start[windows] - 100 * number + start).tolist()
+        assert (
+            overlap.place[windows].tolist()
+            == (overlap.compared.start[windows] - 100 * number + start).tolist()
+        )
 
 
 def test_at_the_borders_of_blocks(tmp_path, monkeypatch):
@@ -157,7 +213,9 @@ def test_at_the_borders_of_blocks(tmp_path, monkeypatch):
     (shard,) = counting_shards(tmp_path, [1000], doc_tokens=1000)
     heard = []
     overlap, _ = find_windows([np.arange(1000)], [shard], [], heard.append)
-    assert (overlap.place == overlap.compared.start).all() and sum(heard) == 1000 and BLOCK_TOKENS > 64
+    assert (
+        (overlap.place == overlap.compared.start).all() and sum(heard) == 1000 and BLOCK_TOKENS > 64
+    )
 
 
 def test_a_shard_that_cannot_be_read_is_named_and_the_others_are_compared(tmp_path):
@@ -165,7 +223,10 @@ def test_a_shard_that_cannot_be_read_is_named_and_the_others_are_compared(tmp_pa
     path = shards[0].meta.file("bin")
     path.write_bytes(bytes(600))
     overlap, unreadable = find_windows([np.arange(310, 390)], shards, [])
-    assert list(unreadable) == [shards[0].meta.shard_id] and str(path) in unreadable[shards[0].meta.shard_id]
+    assert (
+        list(unreadable) == [shards[0].meta.shard_id]
+        and str(path) in unreadable[shards[0].meta.shard_id]
+    )
     assert (overlap.shard == 1).all()
 
 

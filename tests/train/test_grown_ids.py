@@ -1,6 +1,7 @@
-"""A .jsonl of token ids that changes while a run lives: what was added is new, what was there is not, and nothing is fed twice.
+"""A .jsonl of token ids that changes while a run lives: what was added is new, nothing comes twice.
 
-Every id occurs in one place only. What is counted is what the engine was given, so nothing that the ledger says is believed.
+Every id occurs in one place only. What is counted is what the engine was given, so nothing that the
+ledger says is believed.
 """
 
 import json
@@ -37,16 +38,32 @@ def lists(first: int, last: int) -> list[list[int]]:
 
 def text(of: list[list[int]], blank: int = 0, end: str = "\n") -> str:
     """The lists as a file; after each `blank`-th a blank line."""
-    lines = [json.dumps(ids) + end + (end if blank and n % blank == 0 else "") for n, ids in enumerate(of, 1)]
+    lines = [
+        json.dumps(ids) + end + (end if blank and n % blank == 0 else "")
+        for n, ids in enumerate(of, 1)
+    ]
     return "".join(lines)
 
 
 def make_config(root: Path, tokenizer: Path) -> Path:
     cfg = {
-        "n_layers": 1, "d_model": 16, "n_heads": 2, "d_ff": 24, "seq_len": 8, "tokenizer_path": str(tokenizer),
-        "data_path": str(root / "a.jsonl"), "checkpoint_dir": str(root / "checkpoints"), "lr": 1e-2, "batch_size": 1,
-        "batch_tokens": 32, "save_every": 0, "keep_last": 9, "precision": "fp32", "tensorboard": False, "device": "cpu",
-    }  # fmt: skip
+        "n_layers": 1,
+        "d_model": 16,
+        "n_heads": 2,
+        "d_ff": 24,
+        "seq_len": 8,
+        "tokenizer_path": str(tokenizer),
+        "data_path": str(root / "a.jsonl"),
+        "checkpoint_dir": str(root / "checkpoints"),
+        "lr": 1e-2,
+        "batch_size": 1,
+        "batch_tokens": 32,
+        "save_every": 0,
+        "keep_last": 9,
+        "precision": "fp32",
+        "tensorboard": False,
+        "device": "cpu",
+    }
     root.mkdir(exist_ok=True)
     (root / "ids.json").write_text(json.dumps(cfg))
     return root / "ids.json"
@@ -56,7 +73,12 @@ class Life:
     """A run in a folder of its own, with the files that it is trained on, by the real trainer."""
 
     def __init__(self, world: World, root: Path, tokenizer: Path):
-        self.world, self.root, self.tokenizer, self.config = world, root, tokenizer, make_config(root, tokenizer)
+        self.world, self.root, self.tokenizer, self.config = (
+            world,
+            root,
+            tokenizer,
+            make_config(root, tokenizer),
+        )
         self.paths, self.settings, self.refusals = ["a.jsonl"], [], []
 
     def write(self, content: str, name: str = "a.jsonl") -> "Life":
@@ -83,7 +105,9 @@ class Life:
         """How often each id was fed: as a target, or as the first of a shard, which is none."""
         there = {s.meta.shard_id: s for s in map(Shard.open, self.root.rglob("*.meta.json"))}
         phases = newest_ledger(self.config).phases
-        firsts = Counter(int(there[s.shard_id].tokens(0, 1)[0]) for phase in phases for s in phase.shards)
+        firsts = Counter(
+            int(there[s.shard_id].tokens(0, 1)[0]) for phase in phases for s in phase.shards
+        )
         return fed_targets(self.root / "fed") + firsts
 
 
@@ -113,7 +137,9 @@ class LifeWithoutAModel(Life):
             draws = np.arange(phase.consumed, min(phase.consumed + 4, phase.total))
             ids, counted = sampler.rows(draws)
             self.counts.update(ids[:, 1:][counted].tolist())
-            firsts = [shard.tokens(0, 1).item() for shard in sampler.windows.shards if phase.consumed == 0]
+            firsts = [
+                shard.tokens(0, 1).item() for shard in sampler.windows.shards if phase.consumed == 0
+            ]
             self.counts.update(firsts)
             self.step, steps = self.step + 1, steps - 1
             ledger = ledger.advance(len(draws), self.step)
@@ -125,18 +151,23 @@ class LifeWithoutAModel(Life):
 
 # What happens to the file; at the end each of so many lists must have been fed once.
 
+
 def grown_once(life):
     life.write(text(lists(0, 20))).sit().write(text(lists(0, 30))).only_new()
     return 30
 
 
 def grown_twice(life):
-    life.write(text(lists(0, 20))).sit().write(text(lists(0, 30))).only_new().write(text(lists(0, 37))).only_new()
+    life.write(text(lists(0, 20))).sit().write(text(lists(0, 30))).only_new().write(
+        text(lists(0, 37))
+    ).only_new()
     return 37
 
 
 def grown_beyond_units_of_64_lines(life):
-    life.write(text(lists(0, 63))).sit().write(text(lists(0, 64))).only_new().write(text(lists(0, 200))).only_new()
+    life.write(text(lists(0, 63))).sit().write(text(lists(0, 64))).only_new().write(
+        text(lists(0, 200))
+    ).only_new()
     return 200
 
 
@@ -157,13 +188,17 @@ def grown_while_the_shard_is_in_the_run(life):
 
 
 def last_line_without_an_end(life):
-    life.write(text(lists(0, 20)).rstrip("\n")).sit().write(text(lists(0, 20))).only_new().write(text(lists(0, 25))).only_new()
+    life.write(text(lists(0, 20)).rstrip("\n")).sit().write(text(lists(0, 20))).only_new().write(
+        text(lists(0, 25))
+    ).only_new()
     return 25
 
 
 def last_line_broken_off(life):
     whole = text(lists(0, 20))
-    life.write(whole[:-5]).sit().write(whole).only_new().write(text(lists(0, 25))[:-3]).only_new().write(text(lists(0, 25))).only_new()
+    life.write(whole[:-5]).sit().write(whole).only_new().write(
+        text(lists(0, 25))[:-3]
+    ).only_new().write(text(lists(0, 25))).only_new()
     return 25
 
 
@@ -174,7 +209,9 @@ def blank_lines(life):
 
 
 def other_spaces_and_line_ends(life):
-    life.write(text(lists(0, 20))).sit().write(text(lists(0, 30), end="\r\n").replace(", ", ",")).only_new()
+    life.write(text(lists(0, 20))).sit().write(
+        text(lists(0, 30), end="\r\n").replace(", ", ",")
+    ).only_new()
     return 30
 
 
@@ -194,7 +231,9 @@ def copied(life):
 
 
 def a_copy_that_has_grown_beside_the_first(life):
-    life.write(text(lists(0, 20))).write(text(lists(0, 30)), "b.jsonl").write(text(lists(0, 35)), "c.jsonl")
+    life.write(text(lists(0, 20))).write(text(lists(0, 30)), "b.jsonl").write(
+        text(lists(0, 35)), "c.jsonl"
+    )
     life.paths = ["c.jsonl", "b.jsonl", "a.jsonl"]
     life.sit()
     return 35
@@ -226,24 +265,43 @@ def a_run_that_began_later_has_the_whole_file(life):
     other = type(life)(life.world, life.root / "other", life.tokenizer)
     for name in ("a.jsonl", "a.imported"):
         (other.root / name).symlink_to(life.root / name)
-    assert set(other.sit().write(text(lists(0, 35))).only_new().fed().values()) == {1} and not other.refusals
+    assert (
+        set(other.sit().write(text(lists(0, 35))).only_new().fed().values()) == {1}
+        and not other.refusals
+    )
     life.only_new()
     return 35
 
 
 def grown_by_other_lists_and_a_file_of_its_own(life):
-    life.write(text(lists(0, 20))).sit().write(text(lists(0, 30))).write(text(lists(30, 40)), "b.jsonl")
+    life.write(text(lists(0, 20))).sit().write(text(lists(0, 30))).write(
+        text(lists(30, 40)), "b.jsonl"
+    )
     life.paths = ["b.jsonl", "a.jsonl"]
     life.only_new()
     return 40
 
 
 LIVES = [
-    grown_once, grown_twice, grown_beyond_units_of_64_lines, grown_in_an_open_phase, grown_in_an_open_phase_of_many_lines,
-    grown_while_the_shard_is_in_the_run, last_line_without_an_end, last_line_broken_off, blank_lines, other_spaces_and_line_ends,
-    renamed_and_grown, copied, a_copy_that_has_grown_beside_the_first, an_older_copy_comes_later, another_time_of_change,
-    shards_deleted_and_grown, a_run_that_began_later_has_the_whole_file, grown_by_other_lists_and_a_file_of_its_own,
-]  # fmt: skip
+    grown_once,
+    grown_twice,
+    grown_beyond_units_of_64_lines,
+    grown_in_an_open_phase,
+    grown_in_an_open_phase_of_many_lines,
+    grown_while_the_shard_is_in_the_run,
+    last_line_without_an_end,
+    last_line_broken_off,
+    blank_lines,
+    other_spaces_and_line_ends,
+    renamed_and_grown,
+    copied,
+    a_copy_that_has_grown_beside_the_first,
+    an_older_copy_comes_later,
+    another_time_of_change,
+    shards_deleted_and_grown,
+    a_run_that_began_later_has_the_whole_file,
+    grown_by_other_lists_and_a_file_of_its_own,
+]
 
 
 IN_FULL = LIVES if os.environ.get("TORTURE") else [grown_twice, grown_while_the_shard_is_in_the_run]
@@ -269,28 +327,43 @@ def live(world: World, root: str, tokenizer: str, story: str) -> dict:
 
 
 @pytest.mark.parametrize("story", IN_FULL, ids=lambda story: story.__name__)
-def test_the_engine_gets_each_id_exactly_once_whatever_becomes_of_its_file(tmp_path, tokenizer, story):
+def test_the_engine_gets_each_id_exactly_once_whatever_becomes_of_its_file(
+    tmp_path, tokenizer, story
+):
     ranks = 2 if story is grown_twice else 1
-    lived = run_ranks(live, ranks, tmp_path, str(tmp_path / "life"), str(tokenizer), story.__name__)[0]
+    lived = run_ranks(
+        live, ranks, tmp_path, str(tmp_path / "life"), str(tokenizer), story.__name__
+    )[0]
     assert lived["refusals"] == []
     assert Counter(dict(lived["fed"])) == Counter(range(WIDTH * lived["lists"]))
 
 
-# A file that does not begin with what the run was trained on: what a new phase says, and what an open one does.
+# A file that does not begin with what the run was trained on: a new phase, and an open one.
 
 CHANGES = {
     "shortened": (text(lists(0, 12)), "20 lists, 60 tokens of it; now it has 12 lists, 36 tokens"),
-    "shortened and grown": (text(lists(0, 12) + lists(30, 50)), "20 lists, 60 tokens of it; now it has 32 lists, 96 tokens"),
-    "one id": (text(lists(0, 20)).replace("[30, 31, 32]", "[30, 99, 32]"), "20 lists, 60 tokens, that do not begin with those (list 11 is"),
+    "shortened and grown": (
+        text(lists(0, 12) + lists(30, 50)),
+        "20 lists, 60 tokens of it; now it has 32 lists, 96 tokens",
+    ),
+    "one id": (
+        text(lists(0, 20)).replace("[30, 31, 32]", "[30, 99, 32]"),
+        "20 lists, 60 tokens, that do not begin with those (list 11 is",
+    ),
     "a line in front": (text(lists(40, 41) + lists(0, 20)), "(list 1 is another)"),
     "another order": (text(lists(10, 20) + lists(0, 10)), "(list 1 is another)"),
     "all new": (text(lists(50, 60)), "now it has 10 lists"),
-    "one list divided": (text(lists(0, 20)).replace("[30, 31, 32]", "[30]\n[31, 32]"), "now it has 21 lists, 60 tokens"),
+    "one list divided": (
+        text(lists(0, 20)).replace("[30, 31, 32]", "[30]\n[31, 32]"),
+        "now it has 21 lists, 60 tokens",
+    ),
 }
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_a_file_that_was_changed_is_refused_with_both_counts_and_nothing_of_it_is_fed(tmp_path, tokenizer, change):
+def test_a_file_that_was_changed_is_refused_with_both_counts_and_nothing_of_it_is_fed(
+    tmp_path, tokenizer, change
+):
     life = LifeWithoutAModel(World(), tmp_path / "life", tokenizer)
     content, said = CHANGES[change]
     life.write(text(lists(0, 20))).sit().write(content).only_new().sit(reset_epoch=True)
@@ -302,15 +375,22 @@ def test_a_file_that_was_changed_is_refused_with_both_counts_and_nothing_of_it_i
 
 
 @pytest.mark.parametrize("change", CHANGES)
-def test_an_open_phase_goes_on_with_what_it_had_of_a_file_that_was_changed(tmp_path, tokenizer, change):
+def test_an_open_phase_goes_on_with_what_it_had_of_a_file_that_was_changed(
+    tmp_path, tokenizer, change
+):
     life = LifeWithoutAModel(World(), tmp_path / "life", tokenizer)
     life.write(text(lists(0, 20))).sit(steps_today=1).write(CHANGES[change][0]).sit()
     assert life.refusals == [] and life.fed() == Counter(range(WIDTH * 20))
 
 
-def test_a_file_that_was_changed_after_it_had_grown_is_refused_and_another_of_its_name_as_well(tmp_path, tokenizer):
+def test_a_file_that_was_changed_after_it_had_grown_is_refused_and_another_of_its_name_as_well(
+    tmp_path, tokenizer
+):
     life = LifeWithoutAModel(World(), tmp_path / "life", tokenizer)
     life.write(text(lists(0, 20))).sit().write(text(lists(0, 30))).only_new()
     life.write(text(lists(0, 25) + lists(40, 50))).only_new()
-    assert "30 lists, 90 tokens of it; now it has 35 lists" in life.refusals[0][1] and "(list 26 is another)" in life.refusals[0][1]
+    assert (
+        "30 lists, 90 tokens of it; now it has 35 lists" in life.refusals[0][1]
+        and "(list 26 is another)" in life.refusals[0][1]
+    )
     assert life.fed() == Counter(range(WIDTH * 30))
