@@ -240,7 +240,9 @@ def test_without_the_shards_never_is_not_said_of_what_could_not_be_compared(root
     file = one_document(root, tmp_path)
     told = ask("seen", file, "--data", tmp_path / "gone")
     assert f"{file}: never, but not all could be compared" in told
-    assert re.search(r"not compared: 2 shards of [\d,]+ tokens that the run itself was trained on", told)
+    assert re.search(
+        r"not compared: 2 shards of [\d,]+ tokens that the run itself was trained on", told
+    )
     told = ask("seen", root / "trained.jsonl", "--data", tmp_path / "gone")
     assert f"{root / 'trained.jsonl'}: fully" in told  # a whole file is known by content
 
@@ -277,8 +279,7 @@ def test_untrained_names_each_shard_and_file_of_which_something_is_left(root, as
     assert tokens == {later.meta.n_tokens}
     assert (
         f"left untrained: {later.meta.n_tokens:,} tokens in 1 shards; "
-        "files in no phase: later.jsonl"
-        in told
+        "files in no phase: later.jsonl" in told
     )
 
 
@@ -309,3 +310,20 @@ def test_untrained_counts_the_samples_of_an_open_phase_and_the_new_lines_of_ids(
     assert "left untrained: 0 tokens in 0 shards; files in no phase: none" in ask(
         "untrained", run="open"
     )
+
+
+@pytest.mark.parametrize(
+    ("content", "what"),
+    [
+        ("", "no document"),
+        ("[]\n\n", "no list of token ids"),
+        ("[1, 2, 99999]\n", "99999"),
+        ('[1]\n"a"\n', "x.jsonl:2"),
+    ],
+)
+def test_a_file_that_holds_nothing_to_ask_for_is_a_mistake_of_the_users(
+    tmp_path, ask, content, what
+):
+    (tmp_path / "x.jsonl").write_text(content)
+    with pytest.raises(UserError, match=what):
+        ask("seen", tmp_path / "x.jsonl")

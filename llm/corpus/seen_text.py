@@ -17,6 +17,7 @@ from llm.data.import_ids import import_name, read_ids
 from llm.data.lineage import History
 from llm.data.origin import documents_between
 from llm.data.overlap import ALL, SOME, Overlap, find_windows
+from llm.data.record import ShardError
 from llm.data.seen import seen_by_unit
 from llm.data.shards import Shard
 from llm.tokenizer import Tokenizer
@@ -153,6 +154,8 @@ def asked_ids(path: Path, records: Records, tokenizer: Tokenizer) -> Asked:
             yield AskedDocument(number, _without_end(np.array(ids), tokenizer.eos_id), len(ids))
 
     weights = [document.weight for document in documents()]
+    if not weights:
+        raise ShardError(f"{path}: holds no list of token ids that is not empty.")
     return Asked([AskedUnit(sorted(units), len(weights), sum(weights))], documents)
 
 

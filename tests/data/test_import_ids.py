@@ -6,6 +6,7 @@ import sys
 import pytest
 from counting_shards import TOKENIZER, write_counting
 
+from llm.data.grown_ids import settle
 from llm.data.import_ids import import_ids
 from llm.data.ledger import Ledger, LedgerError, new_shards
 from llm.data.manifest import find_shards
@@ -63,6 +64,24 @@ def test_a_file_that_has_grown_is_not_taken_for_a_new_text(tmp_path):
         new_shards(ledger, [grown])
     rest = Shard.open(import_ids(write_lists(tmp_path / "y.jsonl", [[i, 0] for i in range(101, 301)]), tmp_path, TOKENIZER, 8).path)
     assert new_shards(ledger, [first, rest]) == [rest]
+
+
+def test_a_run_that_was_fed_twice_by_an_earlier_version_goes_on_with_the_new_lines_alone(tmp_path):
+    def imported(last: int) -> Shard:
+        path = write_lists(tmp_path / "x.jsonl", [[i, 0] for i in range(1, last)])
+        return Shard.open(import_ids(path, tmp_path / "out", TOKENIZER, 8).path)
+
+    ledger = Ledger()
+    for name, last in (("p0", 21), ("p1", 31)):  # the first 20 lists again in p1
+        phase = Phase.plan(name, 3, 1, 8, [imported(last)])
+        ledger = ledger.open(phase).advance(phase.total, 1)
+    grown = imported(41)
+    settled = settle([grown], ledger)
+    assert settled.refused == []
+    old, new = settled.shards[grown.meta.shard_id]
+    assert old.meta.shard_id == ledger.phases[1].shards[0].shard_id
+    assert new.tokens(0, 20).tolist() == sum([[i, 0] for i in range(31, 41)], [])
+    assert new_shards(ledger, [old, new]) == [new]
 
 
 IMPORTER = """

@@ -9,8 +9,9 @@ import numpy as np
 import pytest
 from counting_shards import TOKENIZER, counting_shards, write_counting
 
+from llm.data import overlap as overlap_module
 from llm.data.ledger import Ledger
-from llm.data.overlap import ALL, BLOCK_TOKENS, NONE, SOME, find_windows
+from llm.data.overlap import ALL, NONE, SOME, find_windows
 from llm.data.packing import BESTFIT, bins_of
 from llm.data.phase import Phase
 from llm.data.sampler import Sampler
@@ -207,14 +208,12 @@ def test_windows_are_found_at_the_borders_of_blocks_and_in_the_same_text_twice(t
 
 
 def test_at_the_borders_of_blocks(tmp_path, monkeypatch):
-    from llm.data import overlap as module
-
-    monkeypatch.setattr(module, "BLOCK_TOKENS", 64)
+    monkeypatch.setattr(overlap_module, "BLOCK_TOKENS", 64)
     (shard,) = counting_shards(tmp_path, [1000], doc_tokens=1000)
     heard = []
     overlap, _ = find_windows([np.arange(1000)], [shard], [], heard.append)
     assert (
-        (overlap.place == overlap.compared.start).all() and sum(heard) == 1000 and BLOCK_TOKENS > 64
+        (overlap.place == overlap.compared.start).all() and sum(heard) == 1000
     )
 
 
@@ -235,3 +234,12 @@ def test_no_documents_and_no_shards_find_nothing(tmp_path):
     assert len(overlap.compared) == 0
     overlap, _ = find_windows([np.arange(100)], [], [])
     assert (overlap.shard == -1).all() and len(overlap.trained) == len(overlap.compared)
+
+
+def test_equal_hashes_alone_find_nothing(tmp_path, monkeypatch):
+    monkeypatch.setattr(overlap_module, "_mixed", lambda ids: np.zeros(ids.shape, np.uint64))
+    (shard,) = counting_shards(tmp_path, [300])
+    foreign = [np.arange(400, 500), np.arange(600, 610)]
+    overlap, _ = find_windows(foreign, [shard], [])
+    assert (overlap.shard == -1).all()
+    assert (find_windows([np.arange(10, 26)], [shard], [])[0].shard >= 0).any()

@@ -176,6 +176,12 @@ def grown_in_an_open_phase(life):
     return 50
 
 
+def grown_in_an_open_phase_of_a_named_dataset(life):
+    life.write(text(lists(0, 40))).sit(steps_today=1, dataset="a.jsonl")
+    life.write(text(lists(0, 50))).sit(dataset="a.jsonl").only_new(dataset="a.jsonl")
+    return 50
+
+
 def grown_in_an_open_phase_of_many_lines(life):
     life.write(text(lists(0, 100))).sit(steps_today=2).write(text(lists(0, 160))).only_new()
     return 160
@@ -287,6 +293,7 @@ LIVES = [
     grown_twice,
     grown_beyond_units_of_64_lines,
     grown_in_an_open_phase,
+    grown_in_an_open_phase_of_a_named_dataset,
     grown_in_an_open_phase_of_many_lines,
     grown_while_the_shard_is_in_the_run,
     last_line_without_an_end,
