@@ -4,6 +4,7 @@ from pathlib import Path
 
 from llm.log import UserError, progress
 
+from .import_ids import BACKEND
 from .ledger import Ledger
 from .manifest import FILE_NAME, load_manifest
 from .shard_meta import META_SUFFIX, meta_path_of
@@ -58,7 +59,8 @@ class ShardsAtHand:
         problems += [] if quick else _unreadable(there)
         for shard in there:
             told, meta = listed[shard.meta.shard_id], shard.meta
-            if (told.n_tokens, sorted(told.unit_ids)) != (meta.n_tokens, sorted(meta.unit_ids)):
+            units = told.unit_ids if meta.writer.get("backend") == BACKEND else meta.unit_ids  # of lines, blank ones too
+            if (told.n_tokens, sorted(told.unit_ids)) != (meta.n_tokens, sorted(units)):
                 problems.append(
                     f"{meta.path}: has {meta.n_tokens:,} tokens and {len(meta.unit_ids):,} units, "
                     f"the ledger says {told.n_tokens:,} and {len(told.unit_ids):,}"

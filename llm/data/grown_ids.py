@@ -214,7 +214,7 @@ def _write_piece(whole: Shard, piece: Piece, known: PhaseShard | None) -> Shard:
             if there := _find(folder, candidate, shard_id):
                 return there
         lines = (json.dumps(ids).encode() for ids in _documents(whole, piece.start, piece.stop))
-        unit_ids = known.unit_ids if known else line_unit_ids(lines, meta.tokenizer["fingerprint"])
+        unit_ids = line_unit_ids(lines, meta.tokenizer["fingerprint"])
         documents = _documents(whole, piece.start, piece.stop)
         parts = ((np.array(ids), np.array([len(ids)])) for ids in documents)
         source = meta.units[0]["name"]

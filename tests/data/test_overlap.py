@@ -157,14 +157,15 @@ def test_of_packed_documents_as_well(tmp_path):
 
 @pytest.mark.parametrize("n_tokens", [1, 2, 7, 8, 15])
 def test_a_document_of_few_tokens_is_found_as_a_whole_document_only(tmp_path, n_tokens):
-    eos = [0]
-    parts = [
-        (
-            np.array([*range(100, 100 + n_tokens), *eos, *range(300, 340)]),
-            np.array([n_tokens + 1, 40]),
-        ),
-        (np.array([*range(500, 500 + n_tokens), *range(700, 740)]), np.array([n_tokens, 40])),
+    eos = 0
+    documents = [
+        [*range(100, 100 + n_tokens), eos],
+        [*range(300, 340)],
+        [*range(500, 500 + n_tokens)],
+        [*range(700, 740)],
+        [*range(800, 800 + n_tokens), 900],
     ]
+    parts = [(np.array(ids), np.array([len(ids)])) for ids in documents]
     meta = write_shard(
         tmp_path,
         "x",
@@ -178,18 +179,14 @@ def test_a_document_of_few_tokens_is_found_as_a_whole_document_only(tmp_path, n_
     )
     there = [np.arange(100, 100 + n_tokens), np.arange(500, 500 + n_tokens)]
     not_there = [
-        np.arange(300, 300 + n_tokens),
+        np.arange(702, 702 + n_tokens),
+        np.arange(800, 800 + n_tokens),
         np.arange(501, 501 + n_tokens),
         np.arange(901, 901 + n_tokens),
     ]
     overlap, _ = find_windows(there + not_there, [Shard.open(meta.path)], [])
-    assert [overlap.place[of_document(overlap, n)].tolist() for n in range(5)] == [
-        [0],
-        [n_tokens + 41],
-        [-1],
-        [-1],
-        [-1],
-    ]
+    places = [overlap.place[of_document(overlap, n)].tolist() for n in range(6)]
+    assert places == [[0], [n_tokens + 41], [-1], [-1], [-1], [-1]]
 
 
 def test_windows_are_found_at_the_borders_of_blocks_and_in_the_same_text_twice(tmp_path):
@@ -239,7 +236,9 @@ def test_no_documents_and_no_shards_find_nothing(tmp_path):
 def test_equal_hashes_alone_find_nothing(tmp_path, monkeypatch):
     monkeypatch.setattr(overlap_module, "_mixed", lambda ids: np.zeros(ids.shape, np.uint64))
     (shard,) = counting_shards(tmp_path, [300])
-    foreign = [np.arange(400, 500), np.arange(600, 610)]
+    half = np.arange(100, 200)
+    half[1::2] += 1000
+    foreign = [half, np.arange(400, 500), np.arange(600, 610)]
     overlap, _ = find_windows(foreign, [shard], [])
     assert (overlap.shard == -1).all()
     assert (find_windows([np.arange(10, 26)], [shard], [])[0].shard >= 0).any()

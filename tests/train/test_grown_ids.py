@@ -17,6 +17,7 @@ from ranks import run_ranks
 
 from llm.batch_plan import BatchPlan
 from llm.config import load_config
+from llm.data.at_hand import ShardsAtHand
 from llm.data.ledger import Ledger
 from llm.data.sampler import Sampler
 from llm.data.shards import Shard
@@ -260,7 +261,7 @@ def another_time_of_change(life):
 
 
 def shards_deleted_and_grown(life):
-    life.write(text(lists(0, 40))).sit(steps_today=1).write(text(lists(0, 50)))
+    life.write(text(lists(0, 40)).replace(", ", ",")).sit(steps_today=1).write(text(lists(0, 50)))
     shutil.rmtree(life.root / "a.imported")
     life.sit().only_new()
     return 50
@@ -325,6 +326,8 @@ def test_each_id_is_fed_exactly_once_whatever_becomes_of_its_file(tmp_path, toke
     n_lists = story(life)
     assert life.refusals == []
     assert life.fed() == Counter(range(WIDTH * n_lists))
+    imported = [str(path) for path in (tmp_path / "life").rglob("*.imported")]
+    assert ShardsAtHand(imported).problems(life.ledger, quick=False) == []
 
 
 def live(world: World, root: str, tokenizer: str, story: str) -> dict:
