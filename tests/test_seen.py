@@ -327,3 +327,27 @@ def test_a_file_that_holds_nothing_to_ask_for_is_a_mistake_of_the_users(
     (tmp_path / "x.jsonl").write_text(content)
     with pytest.raises(UserError, match=what):
         ask("seen", tmp_path / "x.jsonl")
+
+
+def test_documents_of_a_shard_are_looked_for_and_ids_of_another_tokenizer_are_refused(
+    root, tmp_path, ask
+):
+    jsonl(tmp_path / "some.jsonl", [*own(root)[3:8], *FOREIGN[:5]])
+    tokenize_corpus(
+        Request((str(tmp_path / "some.jsonl"),), tmp_path / "set", str(root / "tokenizer"), 64)
+    )
+    (shard,) = (tmp_path / "set").glob("*.bin")
+    told = ask("seen", shard)
+    assert 0.2 < seen_share(told, shard) < 0.6 and "compared: 10 documents" in told
+    assert len(re.findall(r"document \d+: (\d+) of \1 windows trained on:", told)) == 5
+    held = find_shards([root / "set"], "val")[0].meta.file("bin")
+    assert seen_share(ask("seen", held), held) == 0
+    other = train_bpe(TRAINED[:5], vocab_size=300).tokenizer
+    (tmp_path / "other").mkdir()
+    other.save(tmp_path / "other")
+    tokenize_corpus(
+        Request((str(tmp_path / "some.jsonl"),), tmp_path / "set2", str(tmp_path / "other"), 64)
+    )
+    (shard,) = (tmp_path / "set2").glob("*.bin")
+    with pytest.raises(UserError, match="made with tokenizer"):
+        ask("seen", shard)

@@ -271,7 +271,7 @@ def _asked(args, checkpoint, records, tokenizer):
     from llm.log import progress
 
     if args.file.name.endswith((".bin", ".meta.json")):
-        return asked_shard(_whole_shard(args.file))
+        return asked_shard(_whole_shard(args.file), tokenizer.fingerprint)
     if args.file.name.endswith(".jsonl") and holds_ids(args.file):
         return asked_ids(args.file, records, tokenizer)
     options = read_options(args, kept_template(checkpoint.folder))

@@ -163,14 +163,19 @@ def _digest_in(name: str) -> str:
     return name.rsplit(".", 1)[-1]
 
 
-def asked_shard(shard: Shard) -> Asked:
-    """A shard's own documents.
+def asked_shard(shard: Shard, fingerprint: str) -> Asked:
+    """A shard's own documents. Raises ShardError where another tokenizer's would be compared.
 
     One for validation is known by none of its units, for these are of its file as a whole.
     """
     meta = shard.meta
 
     def documents() -> Iterator[AskedDocument]:
+        if (its := meta.tokenizer["fingerprint"]) != fingerprint:
+            raise ShardError(
+                f"{meta.path}: made with tokenizer {its[:16]}, the model's is {fingerprint[:16]}, so "
+                f"its ids cannot be compared. Ask for the text that it was made of."
+            )
         start = 0
         for number, stop in enumerate(shard.doc_ends.tolist()):
             ids = _without_end(shard.tokens(start, stop), meta.tokenizer["eos_id"])

@@ -24,7 +24,7 @@ class ShardsAtHand:
             self._add(Path(path))
 
     def _add(self, path: Path) -> None:
-        metas = [meta_path_of(path)]
+        metas = [meta_path_of(path)] if path.exists() or meta_path_of(path).exists() else []
         if path.is_dir():
             metas = sorted(path.glob(f"*{META_SUFFIX}"))
             self.sources += load_manifest(path).sources if (path / FILE_NAME).exists() else []

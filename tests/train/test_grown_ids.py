@@ -104,7 +104,7 @@ class Life:
 
     def fed(self) -> Counter:
         """How often each id was fed: as a target, or as the first of a shard, which is none."""
-        there = {s.meta.shard_id: s for s in map(Shard.open, self.root.rglob("*.meta.json"))}
+        there = {s.meta.shard_id: s for s in map(Shard.open, self.root.parent.rglob("*.meta.json"))}
         phases = newest_ledger(self.config).phases
         firsts = Counter(
             int(there[s.shard_id].tokens(0, 1)[0]) for phase in phases for s in phase.shards
