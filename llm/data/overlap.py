@@ -18,7 +18,7 @@ from llm.log import UserError
 from .ledger import Ledger
 from .packing import bins_of
 from .phase import Phase
-from .shards import Shard
+from .shards import Shard, verify_shard
 
 LENGTHS = (32, 16, 8)
 BLOCK_TOKENS, BLOCK_DOCUMENTS = 1 << 18, 1 << 14
@@ -46,22 +46,18 @@ class Compared:
     @classmethod
     def of(cls, documents: list[np.ndarray]) -> "Compared":
         """`documents`: ids of each, without an end-of-text."""
-        begins, cuts = (
-            np.cumsum([0, *map(len, documents)])[:-1],
-            [_cut(len(ids)) for ids in documents],
-        )
-        counts = [len(starts) for starts, _ in cuts]
+        sizes = np.array([len(ids) for ids in documents], np.int64)
+        cuts = [_cut(size) for size in sizes.tolist()]
+        begins = np.cumsum(sizes) - sizes
+        starts = [begin + starts for begin, (starts, _) in zip(begins, cuts, strict=True)]
+        counts = np.array([len(some) for some in starts], np.int64)
         nothing = [np.zeros(0, np.int64)]  # so that no documents are no special case
         return cls(
             ids=np.concatenate(nothing + documents).astype(np.int64),
             document=np.repeat(np.arange(len(documents)), counts),
-            start=np.concatenate(
-                nothing + [begin + starts for begin, (starts, _) in zip(begins, cuts, strict=True)]
-            ),
+            start=np.concatenate(nothing + starts),
             length=np.repeat(np.array([length for _, length in cuts], np.int64), counts),
-            is_whole=np.repeat([len(ids) < 2 * LENGTHS[-1] for ids in documents], counts).astype(
-                bool
-            ),
+            is_whole=np.repeat(sizes < 2 * LENGTHS[-1], counts),
         )
 
 
@@ -113,11 +109,12 @@ class Overlap:
     def note(self, found: "_Found", number: int, shard: Shard, trained: "_Trained") -> None:
         """Windows that stand in the shard of this number."""
         states = trained(found.place, found.place + found.length)
-        is_better = (states.max(axis=0, initial=NONE) > self.trained[found.window]) | (
-            self.shard[found.window] < 0
-        )
-        self.shard[found.window[is_better]] = number
-        self.place[found.window[is_better]] = found.place[is_better]
+        best = states.max(axis=0, initial=NONE)
+        is_better = (best > self.trained[found.window]) | (self.shard[found.window] < 0)
+        better = np.flatnonzero(is_better)
+        better = better[np.argsort(best[better], kind="stable")]  # of one window, the best is last
+        self.shard[found.window[better]] = number
+        self.place[found.window[better]] = found.place[better]
         for mine, state in zip(self.state, states, strict=True):
             np.maximum.at(mine, found.window, state)
         self.held_out[found.window] |= shard.meta.role == "val"
@@ -157,6 +154,7 @@ def find_windows(
     for number, shard in enumerate(shards):
         trained = _Trained(shard, ledgers)
         try:
+            verify_shard(shard)  # a damaged one proves nothing
             for found in _found_in(shard, tables, advance):
                 overlap.note(found, number, shard, trained)
         except UserError as error:
@@ -175,13 +173,10 @@ class _Table:
         self.length, self.is_whole, self._ids = length, is_whole, compared.ids
         self.members = np.flatnonzero((compared.length == length) & (compared.is_whole == is_whole))
         starts = compared.start[self.members]
-        rolling = {} if is_whole else _rolling_hashes(self._ids, {length})
-        hashes = (
-            rolling[length][starts] if rolling else _hash_rows(_rows(self._ids, starts, length))
-        )
-        self._hashes, first, self.inverse = np.unique(
-            hashes, return_index=True, return_inverse=True
-        )
+        hash_windows = _whole_hashes if is_whole else _window_hashes
+        hashes = hash_windows(self._ids, starts, length)
+        unique = np.unique(hashes, return_index=True, return_inverse=True)
+        self._hashes, first, self.inverse = unique
         self.windows, self._starts = self.members[first], starts[first]
         bits = min(26, max(16, len(self._hashes).bit_length() + 4))
         self._shift, self._filter = np.uint64(64 - bits), np.zeros(1 << bits, bool)
@@ -202,10 +197,8 @@ class _Table:
 def _found_in(
     shard: Shard, tables: list[_Table], advance: Callable[[int], None]
 ) -> Iterator[_Found]:
-    n_tokens, lengths = (
-        shard.meta.n_tokens,
-        {table.length for table in tables if not table.is_whole},
-    )
+    n_tokens = shard.meta.n_tokens
+    lengths = {table.length for table in tables if not table.is_whole}
     for begin in range(0, n_tokens, BLOCK_TOKENS) if lengths else ():
         tokens = shard.tokens(begin, min(begin + BLOCK_TOKENS + LENGTHS[0] - 1, n_tokens))
         hashes = _rolling_hashes(tokens, lengths)
@@ -310,6 +303,15 @@ def _rolling_hashes(tokens: np.ndarray, lengths: set[int]) -> dict[int, np.ndarr
         if 2 * half in lengths:
             found[2 * half] = hashes
     return found
+
+
+def _window_hashes(ids: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    """Without a row of ids for each window, which would take much memory."""
+    return _rolling_hashes(ids, {length})[length][starts]
+
+
+def _whole_hashes(ids: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:
+    return _hash_rows(_rows(ids, starts, length))
 
 
 def _hash_rows(rows: np.ndarray) -> np.ndarray:

@@ -209,9 +209,7 @@ def test_at_the_borders_of_blocks(tmp_path, monkeypatch):
     (shard,) = counting_shards(tmp_path, [1000], doc_tokens=1000)
     heard = []
     overlap, _ = find_windows([np.arange(1000)], [shard], [], heard.append)
-    assert (
-        (overlap.place == overlap.compared.start).all() and sum(heard) == 1000
-    )
+    assert (overlap.place == overlap.compared.start).all() and sum(heard) == 1000
 
 
 def test_a_shard_that_cannot_be_read_is_named_and_the_others_are_compared(tmp_path):
@@ -242,3 +240,19 @@ def test_equal_hashes_alone_find_nothing(tmp_path, monkeypatch):
     overlap, _ = find_windows(foreign, [shard], [])
     assert (overlap.shard == -1).all()
     assert (find_windows([np.arange(10, 26)], [shard], [])[0].shard >= 0).any()
+
+
+def test_one_changed_bit_within_a_shard_makes_it_unreadable_instead_of_a_never(tmp_path):
+    parts = [(np.arange(3_000_000) % 60_000, np.array([3_000_000]))]
+    options = {"units": [{"unit_id": "u", "bytes": 1}], "role": "train", "seq_len": 8, "writer": {}}
+    meta = write_shard(
+        tmp_path, "x", parts, dtype=token_dtype(70_000), tokenizer=TOKENIZER, **options
+    )
+    shard, path = Shard.open(meta.path), meta.file("bin")
+    with open(path, "r+b") as file:
+        file.seek(5 << 20)  # not in its first block, nor in its last
+        byte = file.read(1)
+        file.seek(5 << 20)
+        file.write(bytes([byte[0] ^ 1]))
+    _, unreadable = find_windows([np.arange(100)], [shard], [])
+    assert str(path) in unreadable[shard.meta.shard_id]
