@@ -5,7 +5,7 @@ from pathlib import Path
 
 from llm.corpus.seen_text import Answer, Asked, Records
 from llm.data.lineage import Ancestor, History
-from llm.data.overlap import LENGTHS
+from llm.data.overlap import cuts_for
 from llm.data.phase import Phase
 from llm.data.seen import percent
 
@@ -80,7 +80,7 @@ def _window_lines(told: Answer, records: Records) -> list[str]:
     shards = [s.meta for s in records.shards if s.meta.shard_id not in told.unreadable]
     lines = [
         f"  compared: {told.documents:,} documents by {told.windows:,} windows of up to "
-        f"{LENGTHS[0]} tokens, with {len(shards):,} shards of "
+        f"{cuts_for(records.shards)[0][1]} tokens, with {len(shards):,} shards of "
         f"{sum(meta.n_tokens for meta in shards):,} tokens"
     ]
     for run, by_shard in zip(history.runs, told.by_run, strict=True):

@@ -16,7 +16,7 @@ from llm.data.at_hand import ShardsAtHand
 from llm.data.import_ids import import_name, read_ids
 from llm.data.lineage import History
 from llm.data.origin import documents_between
-from llm.data.overlap import ALL, SOME, Overlap, find_windows
+from llm.data.overlap import ALL, SOME, Overlap, cuts_for, find_windows
 from llm.data.record import ShardError
 from llm.data.seen import seen_by_unit
 from llm.data.shards import Shard
@@ -238,7 +238,8 @@ def _compare(
 ) -> None:
     shards, runs = records.shards, records.history.runs
     ledgers = [run.ledger for run in runs]
-    overlap, unreadable = find_windows([d.ids for d in batch], shards, ledgers, advance)
+    cuts, ids = cuts_for(shards), [document.ids for document in batch]
+    overlap, unreadable = find_windows(ids, shards, ledgers, advance, cuts)
     told.unreadable |= unreadable
     told.documents += len(batch)
     told.windows += len(overlap.compared)

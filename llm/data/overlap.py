@@ -3,8 +3,10 @@
 A text that was cut out of another begins and ends within words, so its first and last tokens are
 others; between them the ids are the same. So a document is compared by overlapping windows of its
 inner tokens: 32 tokens long, in documents of less than 64 tokens 16 or 8, and below 16 tokens the
-document as a whole. A rolling hash of every window of every shard is looked up among those of the
-documents, and what is found there is compared id by id. Shards are read block by block.
+document as a whole. Of a tokenizer that has hardly learned anything, so that a token is little more
+than a byte, 32 tokens are a few words that any text may have; there windows are 48 tokens long, or
+24. A rolling hash of every window of every shard is looked up among those of the documents, and what
+is found there is compared id by id. Shards are read block by block.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +22,10 @@ from .packing import bins_of
 from .phase import Phase
 from .shards import Shard, verify_shard
 
-LENGTHS = (32, 16, 8)
+Cuts = tuple[tuple[int, int], ...]
+"""(tokens that a document must have, length of its windows), longest first; below, it is whole."""
+CUTS: Cuts = ((64, 32), (32, 16), (16, 8))
+CUTS_OF_BYTES: Cuts = ((64, 48), (32, 24))
 BLOCK_TOKENS, BLOCK_DOCUMENTS = 1 << 18, 1 << 14
 NONE, SOME, ALL = 0, 1, 2
 """How many of the samples that hold a window were trained on."""
@@ -44,33 +49,43 @@ class Compared:
         return len(self.document)
 
     @classmethod
-    def of(cls, documents: list[np.ndarray]) -> "Compared":
+    def of(cls, documents: list[np.ndarray], cuts: Cuts) -> "Compared":
         """`documents`: ids of each, without an end-of-text."""
         sizes = np.array([len(ids) for ids in documents], np.int64)
-        cuts = [_cut(size) for size in sizes.tolist()]
+        windows = [_windows_of(size, cuts) for size in sizes.tolist()]
         begins = np.cumsum(sizes) - sizes
-        starts = [begin + starts for begin, (starts, _) in zip(begins, cuts, strict=True)]
+        starts = [begin + starts for begin, (starts, _) in zip(begins, windows, strict=True)]
         counts = np.array([len(some) for some in starts], np.int64)
         nothing = [np.zeros(0, np.int64)]  # so that no documents are no special case
         return cls(
             ids=np.concatenate(nothing + documents).astype(np.int64),
             document=np.repeat(np.arange(len(documents)), counts),
             start=np.concatenate(nothing + starts),
-            length=np.repeat(np.array([length for _, length in cuts], np.int64), counts),
-            is_whole=np.repeat(sizes < 2 * LENGTHS[-1], counts),
+            length=np.repeat(np.array([length for _, length in windows], np.int64), counts),
+            is_whole=np.repeat(sizes < cuts[-1][0], counts),
         )
 
 
-def _cut(n_tokens: int) -> tuple[np.ndarray, int]:
+def cuts_for(shards: list[Shard]) -> Cuts:
+    """How documents are to be cut that are compared with these shards."""
+    metas = [
+        shard.meta for shard in shards if shard.meta.n_bytes
+    ]  # others came as ids, without text
+    is_of_bytes = sum(meta.n_bytes for meta in metas) < 2 * sum(meta.n_tokens for meta in metas)
+    return CUTS_OF_BYTES if is_of_bytes else CUTS
+
+
+def _windows_of(n_tokens: int, cuts: Cuts) -> tuple[np.ndarray, int]:
     """Where the windows of a document start, and their length.
 
     Edges, which a cut may have changed, are left out.
     """
-    length = next((length for length in LENGTHS if n_tokens >= 2 * length), None)
-    if length is None:
-        return np.zeros(min(1, n_tokens), np.int64), n_tokens
-    first, last = length // 4, n_tokens - length // 4 - length
-    return np.unique([*range(first, last, length // 8), last]), length
+    for least, length in cuts:
+        if n_tokens >= least:
+            edge = least // 8
+            last = n_tokens - edge - length
+            return np.unique([*range(edge, last, length // 8), last]), length
+    return np.zeros(min(1, n_tokens), np.int64), n_tokens
 
 
 @dataclass
@@ -141,13 +156,14 @@ def find_windows(
     shards: list[Shard],
     ledgers: list[Ledger],
     advance: Callable[[int], None] = lambda _: None,
+    cuts: Cuts = CUTS,
 ) -> tuple[Overlap, dict[str, str]]:
     """What `shards` hold of the documents, and which of the runs with these ledgers trained on it.
 
     Also the shards that cannot be read, by shard_id: why. Memory: some 100 bytes for each token of
     the documents and a block of a shard. `advance(n)` hears of tokens of shards.
     """
-    compared = Compared.of(documents)
+    compared = Compared.of(documents, cuts)
     overlap, unreadable = Overlap.nothing_yet(compared, len(ledgers)), {}
     kinds = np.unique(np.stack([compared.length, compared.is_whole], axis=1), axis=0).tolist()
     tables = [_Table(compared, length, bool(is_whole)) for length, is_whole in kinds]
@@ -200,7 +216,7 @@ def _found_in(
     n_tokens = shard.meta.n_tokens
     lengths = {table.length for table in tables if not table.is_whole}
     for begin in range(0, n_tokens, BLOCK_TOKENS) if lengths else ():
-        tokens = shard.tokens(begin, min(begin + BLOCK_TOKENS + LENGTHS[0] - 1, n_tokens))
+        tokens = shard.tokens(begin, min(begin + BLOCK_TOKENS + max(lengths) - 1, n_tokens))
         hashes = _rolling_hashes(tokens, lengths)
         for table in (table for table in tables if not table.is_whole):
             rows = partial(_rows, tokens, length=table.length)
@@ -296,13 +312,23 @@ def _mixed(ids: np.ndarray) -> np.ndarray:
 
 
 def _rolling_hashes(tokens: np.ndarray, lengths: set[int]) -> dict[int, np.ndarray]:
-    """For each length, a power of two from 2: the hash of the window at each token, uint64."""
-    found, hashes = {}, _mixed(tokens)
+    """For each length, a multiple of 8: the hash of the window at each token, uint64."""
+    powers, hashes = {}, _mixed(tokens)
     for half, factor in _FACTORS.items():
         hashes = hashes[:-half] * factor + hashes[half:]
-        if 2 * half in lengths:
-            found[2 * half] = hashes
-    return found
+        powers[2 * half] = hashes
+    return {length: _joined(powers, length) for length in lengths}
+
+
+def _joined(powers: dict[int, np.ndarray], length: int) -> np.ndarray:
+    """Hashes of windows of this length from those of its powers of two, the largest first."""
+    parts = [power for power in sorted(powers, reverse=True) if length & power]
+    assert sum(parts) == length, length
+    hashes, stop = powers[parts[0]], parts[0]
+    for power in parts[1:]:
+        rest = powers[power][stop:]
+        hashes, stop = hashes[: len(rest)] * _FACTORS[1] + rest, stop + power
+    return hashes
 
 
 def _window_hashes(ids: np.ndarray, starts: np.ndarray, length: int) -> np.ndarray:

@@ -11,7 +11,7 @@ from counting_shards import TOKENIZER, counting_shards, write_counting
 
 from llm.data import overlap as overlap_module
 from llm.data.ledger import Ledger
-from llm.data.overlap import ALL, NONE, SOME, find_windows
+from llm.data.overlap import ALL, NONE, SOME, cuts_for, find_windows
 from llm.data.packing import BESTFIT, bins_of
 from llm.data.phase import Phase
 from llm.data.sampler import Sampler
@@ -46,13 +46,16 @@ ALPHABETS = {
 }
 
 
-@pytest.fixture(scope="module", params=ALPHABETS, ids=lambda kind: kind.__name__)
+KINDS = [*((kind, 600) for kind in ALPHABETS), (prose, 280), (code, 280)]
+
+
+@pytest.fixture(scope="module", params=KINDS, ids=lambda kind: f"{kind[0].__name__}-{kind[1]}")
 def corpus(request, tmp_path_factory):
     """Texts of one kind, as a shard of a tokenizer trained on them, and others of their words."""
-    rng, kind = random.Random(11), request.param
+    rng, (kind, vocab_size) = random.Random(11), request.param
     words = ["".join(rng.choices(ALPHABETS[kind], k=rng.randint(1, 9))) for _ in range(400)]
     texts = [kind(rng, words, rng.randint(150, 400)) for _ in range(60)]
-    tokenizer = train_bpe(texts, vocab_size=600).tokenizer
+    tokenizer = train_bpe(texts, vocab_size=vocab_size).tokenizer
     info = tokenizer_info(tokenizer)
     parts = [
         (np.r_[ids, tokenizer.eos_id].astype(np.int64), np.array([len(ids) + 1]))
@@ -64,7 +67,7 @@ def corpus(request, tmp_path_factory):
         parts,
         dtype=token_dtype(info["vocab_size"]),
         tokenizer=info,
-        units=[{"unit_id": "u", "bytes": 1}],
+        units=[{"unit_id": "u", "bytes": sum(len(t.encode()) for t in texts)}],
         role="train",
         seq_len=32,
         writer={},
@@ -85,9 +88,8 @@ def cut_out(rng: random.Random, tokenizer, texts: list[str]) -> np.ndarray:
 def shares(documents: list[np.ndarray], shard: Shard) -> np.ndarray:
     """The part of each document's windows that was trained on, after one pass over the shard."""
     phase = Phase.plan("p0", 3, 1, 32, [shard])
-    overlap, unreadable = find_windows(
-        documents, [shard], [Ledger().open(phase).advance(phase.total, 1)]
-    )
+    ledger = Ledger().open(phase).advance(phase.total, 1)
+    overlap, unreadable = find_windows(documents, [shard], [ledger], cuts=cuts_for([shard]))
     assert not unreadable
     document = overlap.compared.document
     counts = np.bincount(document, minlength=len(documents))
