@@ -7,12 +7,13 @@ ledger says is believed.
 import json
 import os
 import shutil
+import signal
 from collections import Counter
 from pathlib import Path
 
 import numpy as np
 import pytest
-from little_run import fed_targets, make_tokenizer, newest_ledger, sit
+from little_run import fed_targets, make_tokenizer, newest_ledger, run_and_kill, sit, sit_alone
 from ranks import run_ranks
 
 from llm.batch_plan import BatchPlan
@@ -404,3 +405,18 @@ def test_a_file_that_was_changed_after_it_had_grown_is_refused_and_another_of_it
         and "(list 26 is another)" in life.refusals[0][1]
     )
     assert life.fed() == Counter(range(WIDTH * 30))
+
+
+@pytest.mark.skipif(not os.environ.get("TORTURE"), reason="in make torture")
+@pytest.mark.parametrize("save", ["async_save=false", "async_save=true"])
+def test_each_id_counts_once_when_the_file_grows_between_a_kill_and_the_next_start(
+    tmp_path, tokenizer, save
+):
+    life = Life(World(), tmp_path / "life", tokenizer)
+    life.write(text(lists(0, 40)))
+    fed = life.root / "fed"
+    assert run_and_kill(tmp_path, life.config, fed, 3, save) == -signal.SIGKILL
+    life.write(text(lists(0, 55)))
+    for options in ({}, {"only_new": True}):
+        sit_alone(tmp_path, life.config, [save], str(fed), **options)
+    assert life.fed() == Counter(range(WIDTH * 55))
