@@ -283,6 +283,12 @@ def test_untrained_names_each_shard_and_file_of_which_something_is_left(root, as
     )
 
 
+def test_untrained_knows_text_by_its_units_whatever_shard_it_is_in(root, tmp_path, ask):
+    inputs = (str(root / "trained.jsonl"),)
+    tokenize_corpus(Request(inputs, tmp_path / "again", str(root / "tokenizer"), 64))
+    assert "left untrained: 0 tokens in 0 shards" in ask("untrained", "--data", tmp_path / "again")
+
+
 def test_untrained_counts_the_samples_of_an_open_phase_and_the_new_lines_of_ids(
     root, tmp_path, ask, monkeypatch
 ):

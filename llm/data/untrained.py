@@ -49,18 +49,24 @@ def untrained(ledger: Ledger, at_hand: ShardsAtHand, imports: set[str]) -> list[
         if not found.seen.all()
     ]
     known = {shard_id: found.shard.n_tokens for shard_id, found in held.items()}
-    for shard in at_hand.shards.values():
-        if shard.meta.role == "train" and shard.meta.shard_id not in held:
-            n_new = _new_tokens(shard, known, imports)
-            meta = shard.meta
-            if n_new:
-                sources = _sources(meta.unit_ids, names, shard)
-                left.append(
-                    Untrained(
-                        meta.name, sources, tuple(meta.unit_ids), None, 0, 0, n_new, meta.n_tokens
-                    )
-                )
+    for shard in _in_no_phase(ledger, at_hand):
+        meta, n_new = shard.meta, _new_tokens(shard, known, imports)
+        if n_new:
+            sources, units = _sources(meta.unit_ids, names, shard), tuple(meta.unit_ids)
+            left.append(Untrained(meta.name, sources, units, None, 0, 0, n_new, meta.n_tokens))
     return left
+
+
+def _in_no_phase(ledger: Ledger, at_hand: ShardsAtHand) -> list[Shard]:
+    """Training shards with text that no phase holds, in whatever shard."""
+    shards, units = ledger.shards_held(), ledger.units_held()
+    return [
+        shard
+        for shard in at_hand.shards.values()
+        if shard.meta.role == "train"
+        and shard.meta.shard_id not in shards
+        and not units.issuperset(shard.meta.unit_ids)
+    ]
 
 
 def files_in_no_phase(ledger: Ledger, at_hand: ShardsAtHand) -> list[str]:
