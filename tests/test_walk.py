@@ -74,6 +74,7 @@ def write_texts(here: Path) -> None:
         **{f"my-texts/{n}.txt": text for n, text in enumerate(texts)},
         "more-texts/a.txt": texts[0].replace("json", "tally"),
         "my-text.txt": texts[1],
+        "test-set.jsonl": "".join(json.dumps({"text": text}) + "\n" for text in (texts[1][200:900], "Something else.")),
         "start.txt": "def ",
         "prompts.txt": "def \nclass \n",
         "chats.jsonl": (json.dumps({"messages": chat}) + "\n") * 40,

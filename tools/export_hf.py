@@ -33,6 +33,7 @@ def export(run: str | Path, out: Path, step: int | None = None, dtype: str = "fp
     from llm.checkpoint.resume import open_checkpoint
     from llm.config import ModelConfig
     from llm.corpus.conversations import to_jinja
+    from llm.data.lineage import write_lineage
     from llm.model.huggingface import to_config_json
     from llm.model.huggingface_weights import parameter_shapes, write_tensors
     from llm.tokenizer import load_tokenizer
@@ -57,6 +58,7 @@ def export(run: str | Path, out: Path, step: int | None = None, dtype: str = "fp
         with progress(len(parameter_shapes(cfg)), "writing", "tensors") as bar:
             for _ in write_tensors(temporary, cfg, config["model_type"], checkpoint.reader.read_full, torch_dtype, shard_bytes):
                 bar.advance(1)
+        write_lineage(temporary, checkpoint)
         temporary.rename(out)
     except (OSError, SafetensorError) as error:  # the latter for a disk that is full, too
         raise UserError(f"{out}: cannot be written ({error}).") from None

@@ -34,6 +34,7 @@ def main() -> None:
 
 def import_folder(folder: Path, out: Path, seq_len: int | None = None) -> None:
     """Raises UserError; then there is nothing at `out`."""
+    from llm.data.lineage import read_lineage
     from llm.model.flops import count_params
     from llm.model.huggingface import from_config_json
     from llm.model.huggingface_weights import Weights
@@ -48,11 +49,12 @@ def import_folder(folder: Path, out: Path, seq_len: int | None = None) -> None:
     tokenizer = load_tokenizer(folder, "huggingface")
     cfg = cfg.with_vocab(tokenizer.vocab_size)
     weights = Weights(folder, cfg, config["model_type"])
+    bases = read_lineage(folder)
     temporary = out.with_name(f".tmp-{out.name}")
     shutil.rmtree(temporary, ignore_errors=True)
     try:
         temporary.mkdir(parents=True)
-        _write_checkpoint(temporary, cfg, tokenizer, weights)
+        _write_checkpoint(temporary, cfg, tokenizer, weights, bases)
         (temporary / "run.yaml").write_text(_recipe(out, cfg), encoding="utf-8")
         temporary.rename(out)
         durable.fsync_folder(out.parent)
@@ -87,7 +89,7 @@ def _shortened(cfg, seq_len: int | None):
     return cfg.model_copy(update={"seq_len": seq_len})
 
 
-def _write_checkpoint(run: Path, cfg, tokenizer, weights) -> None:
+def _write_checkpoint(run: Path, cfg, tokenizer, weights, bases: list) -> None:
     import torch
 
     from llm.checkpoint import folder
@@ -103,7 +105,7 @@ def _write_checkpoint(run: Path, cfg, tokenizer, weights) -> None:
     records, state = write_weights(temporary, shapes, weights)
     records += tokenizer_records(temporary)
     manifest = Manifest(
-        format=WEIGHTS_FORMAT, run_id=uuid.uuid4().hex, attempt=1, step=0, tokens_seen=0, parent=None, world_size=1, global_rows=0,
+        format=WEIGHTS_FORMAT, run_id=uuid.uuid4().hex, attempt=1, step=0, tokens_seen=0, parent=None, bases=bases, world_size=1, global_rows=0,
         config={"model": cfg.model_dump(mode="json")}, tokenizer_fingerprint=tokenizer.fingerprint, ledger=Ledger(()).to_json(), chain="",
         engine={}, versions={"tally": llm.__version__, "torch": torch.__version__, "python": platform.python_version()}, metrics={},
         epoch_end=False, params=[Parameter(name=name, shape=list(shape)) for name, shape in shapes],

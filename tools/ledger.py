@@ -1,15 +1,21 @@
-"""What a run has been trained on, read from the ledger in its newest sound checkpoint; the model is not loaded.
+"""What a model has been trained on, read from the ledger in its newest sound checkpoint; the model is not loaded.
 
   python tools/ledger.py show checkpoints/toy
   python tools/ledger.py verify checkpoints/toy            recount every sample, and find every shard again
   python tools/ledger.py skipped checkpoints/toy           steps whose update was refused: why, which files and documents
+  python tools/ledger.py untrained checkpoints/toy         what is left: samples that no phase has taken, files in no phase
   python tools/ledger.py diff checkpoints/toy checkpoints/other
-  python tools/ledger.py seen checkpoints/toy my-text.txt  never, partly or fully; renamed and copied files are recognised
+  python tools/ledger.py seen checkpoints/toy my-text.txt  never, partly or fully, whatever the file is called
+
+`show`, `seen` and `diff` go back through --init-from, --anneal, exports and imports, as far as that is recorded.
+`seen` knows whole files by content, and compares other documents by windows of their tokens: cut-outs and single
+documents of a test set are found.
 """
 
+import json
 from pathlib import Path
 
-from llm import cli
+from llm import cli, durable
 from llm.log import UserError, log
 
 
@@ -19,28 +25,30 @@ class NotVerified(UserError):
 
 def main() -> None:
     parser = cli.parser(__doc__)
-    commands = parser.add_subparsers(dest="command", required=True, metavar="show|verify|skipped|diff|seen")
+    commands = parser.add_subparsers(dest="command", required=True, metavar="|".join(HELP))
     add = {name: commands.add_parser(name, help=text) for name, text in HELP.items()}
-    for name in ("show", "verify", "skipped", "seen"):
+    for name in ("show", "verify", "skipped", "untrained", "seen"):
         add[name].add_argument("run", help="a run's folder, or one of its checkpoints")
         add[name].add_argument("--step", type=int, help="the checkpoint of this step instead of the newest")
-    for name in ("verify", "skipped", "seen"):
+    for name in ("verify", "skipped", "untrained", "seen"):
         add[name].add_argument("--data", nargs="+", metavar="PATH", help="where its shards lie now, if not where the run's config says")
     add["verify"].add_argument("--quick", action="store_true", help="do not read the shards' tokens; their sizes and records only")
     add["diff"].add_argument("run", metavar="run_a")
     add["diff"].add_argument("other", metavar="run_b")
-    add["seen"].add_argument("file", type=Path, help="a raw .txt or .jsonl, or a shard's .bin or .meta.json")
+    add["seen"].add_argument("file", type=Path, help="raw text, a .jsonl of ids, or a shard's .bin or .meta.json")
+    add["seen"].add_argument("--documents", type=Path, metavar="FILE", help="write what was found of each document compared, as JSON lines")
     add["seen"].add_read_options()
     args = parser.parse_args()
     COMMANDS[args.command](args)
 
 
 HELP = {
-    "show": "phases, files, percentages and steps",
+    "show": "phases, files, percentages and steps; what a run's base was trained on before",
     "verify": "recompute the plan, count every sample, and look for the shards; exit code 2 if anything does not agree",
     "skipped": "the steps whose update was not applied: the reason, and the files and documents of their samples",
+    "untrained": "what no phase has taken: samples and tokens of each shard, and files that are in no phase",
     "diff": "which text one run has been trained on and the other has not, by content",
-    "seen": "whether a raw file or a shard has been trained on, by content",
+    "seen": "whether a file, or part of it, has been trained on, by content",
 }
 
 
@@ -55,21 +63,30 @@ def _described(checkpoint):
     from llm.data.ledger import Ledger
 
     manifest = checkpoint.manifest
-    line = f"{checkpoint.folder}: step {manifest.step:,}, {manifest.tokens_seen:,} tokens trained on, data digest {manifest.chain[:16]}"
-    return manifest, Ledger.from_json(manifest.ledger), line
+    digest = f", data digest {manifest.chain[:16]}" if manifest.chain else ""
+    line = f"{checkpoint.folder}: step {manifest.step:,}, {manifest.tokens_seen:,} tokens trained on{digest}"
+    return checkpoint, Ledger.from_json(manifest.ledger), line
 
 
-def _shards_at_hand(manifest, args):
-    from llm.data.at_hand import ShardsAtHand, configured_paths
+def _shards_at_hand(args, configured: list[str]):
+    from llm.data.at_hand import ShardsAtHand
 
-    return ShardsAtHand(args.data or configured_paths(manifest.config))
+    return ShardsAtHand(args.data or configured)
+
+
+def _configured(checkpoint) -> list[str]:
+    from llm.data.at_hand import configured_paths
+
+    return configured_paths(checkpoint.manifest.config)
 
 
 def _show(args) -> None:
+    from llm.data.lineage import history_of
     from llm.data.seen import seen_view, view_lines
 
-    _, ledger, line = _open(args.run, args.step)
-    print("\n".join([line, *view_lines(seen_view(ledger))]))
+    checkpoint, ledger, line = _open(args.run, args.step)
+    history = history_of(checkpoint)
+    print("\n".join([line, *history.lines(), *view_lines(seen_view(ledger))]))
 
 
 # ---------------------------------------------------------------- verify
@@ -82,15 +99,16 @@ def _verify(args) -> None:
     from llm.log import progress
 
     checkpoint = open_checkpoint(args.run, args.step, rules={})  # contradictions are told below
-    manifest, ledger, line = _described(checkpoint)
+    checkpoint, ledger, line = _described(checkpoint)
+    manifest = checkpoint.manifest
     print(line)
-    data = _shards_at_hand(manifest, args)
+    data = _shards_at_hand(args, _configured(checkpoint))
     problems = contradictions(checkpoint.folder, manifest) + step_problems(ledger, manifest.step)
     if data.is_reachable:
         problems += data.problems(ledger, args.quick)
         print(f"shards: {data.count(ledger)} found by content, {'not read (--quick)' if args.quick else 'every byte read'}")
     else:
-        print(f"shards: none of {', '.join(data.paths)} is there, so they were not looked for; --data PATH says where they are now")
+        print(f"shards: {data.where()}, so they were not looked for; --data PATH says where they are now")
     with progress(sum(phase.consumed for phase in ledger.phases), "recounting", "draws") as bar:
         audits = [audit_phase(phase, data.shards, bar.advance) for phase in ledger.phases]
     for audit in audits:
@@ -140,9 +158,9 @@ def _token_problems(trained: int, recounted: int, masks_known: bool) -> list[str
 def _skipped(args) -> None:
     from llm.data.origin import origins
 
-    manifest, ledger, line = _open(args.run, args.step)
+    checkpoint, ledger, line = _open(args.run, args.step)
     print(line)
-    data = _shards_at_hand(manifest, args)
+    data = _shards_at_hand(args, _configured(checkpoint))
     for phase, skipped in [(p, s) for p in ledger.phases for s in p.skipped]:
         print(f"\nstep {skipped.step:,}, phase {phase.name} ({phase.dataset}), draws {skipped.start:,} to {skipped.stop - 1:,}: {skipped.reason}")
         for draw, origin in enumerate(origins(phase, skipped.start, skipped.stop, data.shards), skipped.start):
@@ -153,30 +171,68 @@ def _skipped(args) -> None:
         print("no step was skipped")
 
 
+# ---------------------------------------------------------------- untrained
+
+
+def _untrained(args) -> None:
+    from llm.data.at_hand import configured_ids
+    from llm.data.import_ids import import_name
+    from llm.data.lineage import history_of
+    from llm.data.seen import seen_by_unit
+    from llm.data.untrained import files_in_no_phase, untrained
+
+    checkpoint, ledger, line = _open(args.run, args.step)
+    print(line)
+    manifest, data = checkpoint.manifest, _shards_at_hand(args, _configured(checkpoint))
+    files = [path for path in configured_ids(manifest.config) if path.is_file()]
+    imports = {import_name(path, manifest.tokenizer_fingerprint, manifest.config["model"]["seq_len"]): path for path in files}
+    left = untrained(ledger, data, set(imports))
+    *bases, _ = history_of(checkpoint).runs
+    by_base = seen_by_unit(*(base.ledger for base in bases))
+    for rest in left:
+        of = f" ({', '.join(rest.sources[:3])}{' and more' if len(rest.sources) > 3 else ''})" if rest.sources else ""
+        where = f"phase {rest.phase}" if rest.phase else "in no phase"
+        samples = f"{rest.samples:,} of {rest.of_samples:,} samples, " if rest.phase else ""
+        before = ", trained on by a base of the run" if any(by_base.get(unit) for unit in rest.unit_ids) else ""
+        print(f"  {samples}{rest.tokens:,} of {rest.of_tokens:,} tokens  {rest.shard}{of}: {where}{before}")
+    names = files_in_no_phase(ledger, data)
+    print(f"left untrained: {sum(rest.tokens for rest in left):,} tokens in {len(left):,} shards; files in no phase: {', '.join(names) or 'none'}")
+    for path in (path for name, path in imports.items() if name not in {s.meta.name for s in data.shards.values()}):
+        print(f"not counted: what has changed in {path} since it was imported last")
+    if not data.is_reachable:
+        print(f"not looked for: shards that no phase holds, for {data.where()}; --data PATH says where they are now")
+
+
 # ---------------------------------------------------------------- diff
 
 
 def _diff(args) -> None:
-    (_, a, line_a), (_, b, line_b) = _open(args.run), _open(args.other)
-    print(f"A {line_a}\nB {line_b}")
+    from llm.data.lineage import history_of
     from llm.data.seen import seen_by_unit
 
-    units_a, units_b = seen_by_unit(a), seen_by_unit(b)
+    (a, _, line_a), (b, _, line_b) = _open(args.run), _open(args.other)
+    histories = history_of(a), history_of(b)
+    for name, line, history in zip("AB", (line_a, line_b), histories, strict=True):
+        print("\n".join([f"{name} {line}", *history.lines(with_phases=False)]))
+    ledgers_a, ledgers_b = ([run.ledger for run in history.runs] for history in histories)
+    units_a, units_b = seen_by_unit(*ledgers_a), seen_by_unit(*ledgers_b)
     both = [unit for unit in units_a if units_a[unit] and units_b.get(unit)]
     print(f"\nseen by both: {len(both):,} units of text, {sum(units_a[u] != units_b[u] for u in both):,} of them not as far by one as by the other")
-    _tell_more("A", a, units_a, units_b)
-    _tell_more("B", b, units_b, units_a)
+    _tell_more("A", ledgers_a, units_a, units_b)
+    _tell_more("B", ledgers_b, units_b, units_a)
 
 
-def _tell_more(name: str, ledger, mine: dict[str, float], theirs: dict[str, float]) -> None:
+def _tell_more(name: str, ledgers: list, mine: dict[str, float], theirs: dict[str, float]) -> None:
     """The shards with text that this run has seen more of than the other."""
+    from llm.data.seen import percent
+
     more = {unit for unit, fraction in mine.items() if fraction > theirs.get(unit, 0.0)}
     alone = sum(not theirs.get(unit) for unit in more)
     print(f"\nonly {name} has seen: {alone:,} units of text" + (f"; further than the other: {len(more) - alone:,}" if len(more) > alone else ""))
-    for shard in {s.shard_id: s for phase in ledger.phases for s in phase.shards}.values():
+    for shard in {s.shard_id: s for ledger in ledgers for phase in ledger.phases for s in phase.shards}.values():
         if here := more.intersection(shard.unit_ids):
             unit = next(iter(here))
-            print(f"  {_percent(mine[unit]):>8}, the other {_percent(theirs.get(unit, 0.0)):>8}  "
+            print(f"  {percent(mine[unit]):>8}, the other {percent(theirs.get(unit, 0.0)):>8}  "
                   f"{len(here):,} of {len(set(shard.unit_ids)):,} units  {shard.n_tokens:>14,} tokens  {shard.name}")  # fmt: skip
 
 
@@ -184,75 +240,68 @@ def _tell_more(name: str, ledger, mine: dict[str, float], theirs: dict[str, floa
 
 
 def _seen(args) -> None:
-    from llm.data.seen import seen_by_unit
+    from llm.corpus.seen_lines import answer_lines
+    from llm.corpus.seen_text import Records, answer
+    from llm.data.lineage import history_of
+    from llm.log import progress
+    from llm.tokenizer import load_tokenizer
 
-    manifest, ledger, line = _open(args.run, args.step)
+    if args.documents and not args.documents.parent.is_dir():
+        raise UserError(f"--documents {args.documents}: there is no folder {args.documents.parent}.")
+    checkpoint, _, line = _open(args.run, args.step)
     print(line)
-    by_unit = seen_by_unit(ledger)
-    is_shard = args.file.name.endswith((".bin", ".meta.json"))
-    data = _shards_at_hand(manifest, args)
-    weights = _units_of_shard(args.file) if is_shard else _units_of_text(args, data.sources, set(by_unit))
-    held_out = sum(u.get("docs", 0) for s in data.shards.values() if s.meta.role == "val" for u in s.meta.units if u["unit_id"] in weights)
-    share = sum(weights[unit] * by_unit.get(unit, 0.0) for unit in weights) / max(1, sum(weights.values()))
-    whole = all(by_unit.get(unit) == 1.0 for unit in weights)
-    answer = "fully" if whole else f"partly ({_percent(share)})" if any(by_unit.get(unit) for unit in weights) else "never"
-    print(f"{args.file}: {answer}")
-    held = [unit for unit in weights if unit in by_unit]
-    print(f"  {len(held):,} of its {len(weights):,} units of text are in the run's data" + ("" if held or is_shard else _hint(args.separator)))
-    for phase in ledger.phases:
-        _tell_phase(phase, set(weights))
-    if held_out and not is_shard:
-        print(f"  {held_out:,} of its documents are held out for validation and never trained on")
+    history, tokenizer = history_of(checkpoint), load_tokenizer(checkpoint.folder / "tokenizer")
+    configured = list(dict.fromkeys(path for run in history.runs for path in run.data))
+    records = Records(history, _shards_at_hand(args, configured), tokenizer.fingerprint)
+    asked, found = _asked(args, checkpoint, records, tokenizer), []
+    n_tokens = sum(shard.meta.n_tokens for shard in records.shards)
+    with progress(n_tokens, "comparing", "tokens") as bar:
+        told = answer(asked, records, bar.advance, found.append if args.documents else lambda _: None)
+    if args.documents:
+        _write_lines(args.documents, found)
+    print("\n".join(answer_lines(args.file, asked, told, records)))
 
 
-def _hint(separator: str | None) -> str:
-    return "" if separator else "; if it was tokenized with --separator, --text-field or --format, give the same here"
+def _write_lines(path: Path, records: list[dict]) -> None:
+    lines = (json.dumps(record, ensure_ascii=False) + "\n" for record in records)
+    try:
+        durable.write_text(path, "".join(lines))
+    except OSError as error:
+        raise UserError(f"--documents {path}: cannot be written ({error.strerror}).") from None
 
 
-def _tell_phase(phase, units: set[str]) -> None:
-    here = [(index, shard) for index, shard in enumerate(phase.shards) if units.intersection(shard.unit_ids)]
-    if not here:
-        return
-    masks = [phase.seen_samples(index) for index, _ in here]
-    share = sum(int(mask.sum()) for mask in masks) / max(1, sum(mask.size for mask in masks))
-    n_units = len(units.intersection(unit for _, shard in here for unit in shard.unit_ids))
-    steps = f"steps {phase.first_step:,} to {phase.last_step:,}" if phase.first_step else "not begun"
-    print(f"  phase {phase.name} ({phase.dataset}), {steps}: {n_units:,} units, "
-          f"{_percent(share)} of their {len(here):,} shards: {', '.join(shard.name for _, shard in here[:5])}")  # fmt: skip
+def _asked(args, checkpoint, records, tokenizer):
+    from llm.corpus.conversations import kept_template
+    from llm.corpus.options import read_options
+    from llm.corpus.seen_text import asked_ids, asked_shard, asked_text
+    from llm.data.import_ids import holds_ids
+    from llm.log import progress
+
+    if args.file.name.endswith((".bin", ".meta.json")):
+        return asked_shard(_whole_shard(args.file), tokenizer.fingerprint)
+    if args.file.name.endswith(".jsonl") and holds_ids(args.file):
+        return asked_ids(args.file, records, tokenizer)
+    options = read_options(args, kept_template(checkpoint.folder))
+    size = args.file.stat().st_size if args.file.exists() else 0
+    with progress(size, "reading the file", "bytes") as bar:
+        return asked_text(args.file, records, options, tokenizer, bar.advance)
 
 
-def _units_of_shard(path: Path) -> dict[str, int]:
-    """Its units and their bytes. The shard is read whole: a damaged one proves nothing."""
+def _whole_shard(path: Path):
+    """The shard is read whole: a damaged one proves nothing."""
     from llm.data.manifest import find_shards
     from llm.data.shards import verify_shard
     from llm.log import progress
 
     (shard,) = find_shards([path], None)
     if shard.meta.role != "train":
-        log.warning(f"{path}: a validation shard; those are never trained on")
-        return {f"validation {path}": 1}
+        log.warning(f"{path}: a validation shard; those are never trained on, and its documents are looked for in others")
     with progress(shard.meta.files["bin"]["bytes"], "reading the shard", "bytes") as bar:
         verify_shard(shard, bar)
-    return {unit["unit_id"]: max(1, unit["bytes"]) for unit in shard.meta.units}
+    return shard
 
 
-def _units_of_text(args, sources: list[dict], known: set[str]) -> dict[str, int]:
-    from llm.corpus.options import read_options
-    from llm.corpus.recognise import units_of_file
-    from llm.log import progress
-
-    options = read_options(args)
-    with progress(args.file.stat().st_size if args.file.exists() else 0, "reading the file", "bytes") as bar:
-        units = units_of_file(args.file, sources, known, options, bar.advance)
-    return {unit.unit_id: unit.n_bytes for unit in units}
-
-
-def _percent(fraction: float) -> str:
-    """Rounded down: 100.00 % means all of it."""
-    return f"{int(fraction * 10_000) / 100:.2f} %"
-
-
-COMMANDS = {"show": _show, "verify": _verify, "skipped": _skipped, "diff": _diff, "seen": _seen}
+COMMANDS = {"show": _show, "verify": _verify, "skipped": _skipped, "untrained": _untrained, "diff": _diff, "seen": _seen}
 
 if __name__ == "__main__":
     cli.run(main)

@@ -65,6 +65,22 @@ class BatchSince(_Record):
     """Of all phases together, consumed until then."""
 
 
+class Base(_Record):
+    """What a model was before its run: another run's weights, or something that nobody has noted."""
+
+    kind: Literal["weights", "forked", "imported", "unrecorded"]
+    """weights: --init-from, or an export and an import. forked: --anneal, where the ledger goes on.
+    imported: from elsewhere. unrecorded: by a version that noted no bases; perhaps there was none."""
+    run: str
+    step: NonNegativeInt = 0
+    tokens_seen: NonNegativeInt = 0
+    manifest_sha256: str = ""
+    ledger: dict[str, Any] | None = None
+    """Of `weights` alone: what that run had been trained on by this step."""
+    data: list[str] = []
+    """Where that run had its shards."""
+
+
 class Probed(_Record):
     """The loss of a few fixed rows under these weights, to be computed again after loading."""
 
@@ -86,6 +102,8 @@ class Manifest(_Record):
     parent: Parent | None
     lineage: list[Annotated[str, Field(pattern=r"^step-\d{9}-a\d+$")]] = []
     """The checkpoint that each attempt in its own history went on from, oldest first; names stay true after deletion."""
+    bases: list[Base] | None = None
+    """Oldest first. None: saved by a version that did not note them."""
     world_size: NonNegativeInt
     global_rows: NonNegativeInt
     batch_since: BatchSince | None = None

@@ -4,6 +4,7 @@ from pathlib import Path
 
 from llm.log import UserError, progress
 
+from .import_ids import BACKEND
 from .ledger import Ledger
 from .manifest import FILE_NAME, load_manifest
 from .shard_meta import META_SUFFIX, meta_path_of
@@ -23,7 +24,7 @@ class ShardsAtHand:
             self._add(Path(path))
 
     def _add(self, path: Path) -> None:
-        metas = [meta_path_of(path)]
+        metas = [meta_path_of(path)] if path.exists() or meta_path_of(path).exists() else []
         if path.is_dir():
             metas = sorted(path.glob(f"*{META_SUFFIX}"))
             self.sources += load_manifest(path).sources if (path / FILE_NAME).exists() else []
@@ -33,6 +34,13 @@ class ShardsAtHand:
                 self.shards.setdefault(shard.meta.shard_id, shard)
             except UserError as error:
                 self.damage.append(str(error))
+
+    def where(self) -> str:
+        """Where was looked."""
+        if not self.paths:
+            return "this model was imported, and no config says where data lie"
+        places = ", ".join(self.paths)
+        return f"looked in {places}" if self.is_reachable else f"none of {places} is there"
 
     def count(self, ledger: Ledger) -> str:
         held = ledger.shards_held()
@@ -51,7 +59,8 @@ class ShardsAtHand:
         problems += [] if quick else _unreadable(there)
         for shard in there:
             told, meta = listed[shard.meta.shard_id], shard.meta
-            if (told.n_tokens, sorted(told.unit_ids)) != (meta.n_tokens, sorted(meta.unit_ids)):
+            units = told.unit_ids if meta.writer.get("backend") == BACKEND else meta.unit_ids  # of lines, blank ones too
+            if (told.n_tokens, sorted(told.unit_ids)) != (meta.n_tokens, sorted(units)):
                 problems.append(
                     f"{meta.path}: has {meta.n_tokens:,} tokens and {len(meta.unit_ids):,} units, "
                     f"the ledger says {told.n_tokens:,} and {len(told.unit_ids):,}"
@@ -60,12 +69,30 @@ class ShardsAtHand:
 
 
 def configured_paths(config: dict) -> list[str]:
-    """Where a run's config, as a checkpoint holds it, has its data; a .jsonl of ids has become a shard beside it, or in the run's folder."""
-    paths, checkpoint = config["data"]["data_path"], config["checkpoint"]
-    found = [paths] if isinstance(paths, str) else list(paths.values()) if isinstance(paths, dict) else paths
-    run = Path(checkpoint["checkpoint_dir"]) / checkpoint["run_name"]
-    imported = [str(folder / f"{Path(p).stem}.imported") for p in found if p.endswith(".jsonl") for folder in (Path(p).parent, run)]
-    return [p for p in found if not p.endswith(".jsonl")] + [p for p in imported if Path(p).is_dir()]
+    """Where a run's config, as a checkpoint holds it, has its data.
+
+    A .jsonl of ids has become a shard beside it, or in the run's folder. The config of an imported
+    model names none.
+    """
+    if "data" not in config:
+        return []
+    run = Path(config["checkpoint"]["checkpoint_dir"]) / config["checkpoint"]["run_name"]
+    files = configured_ids(config)
+    imported = [folder / f"{p.stem}.imported" for p in files for folder in (p.parent, run)]
+    others = [path for path in _data_paths(config) if not path.endswith(".jsonl")]
+    return others + [str(path) for path in imported if path.is_dir()]
+
+
+def configured_ids(config: dict) -> list[Path]:
+    """The .jsonl of ids that a run's config names."""
+    return [Path(p) for p in _data_paths(config) if p.endswith(".jsonl")]
+
+
+def _data_paths(config: dict) -> list[str]:
+    paths = config.get("data", {}).get("data_path", [])
+    if isinstance(paths, str):
+        return [paths]
+    return list(paths.values()) if isinstance(paths, dict) else paths
 
 
 def _unreadable(shards: list[Shard]) -> list[str]:

@@ -1,26 +1,17 @@
 """The manifest of a dataset folder: which shards belong to it, written last. Readers open it and never list the folder."""
 
-import fcntl
-import hashlib
-import json
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import asdict, dataclass
-from itertools import islice
 from pathlib import Path
-
-import numpy as np
 
 from llm.log import log
 
 from .record import ShardError, read_record, sha256_of, write_record
-from .shard_meta import META_SUFFIX, ShardMeta, meta_path_of, token_dtype
-from .shards import Shard, write_shard
+from .shard_meta import ShardMeta, meta_path_of
+from .shards import Shard
 
 FORMAT, VERSION = "tally-manifest", 1
 FILE_NAME = "manifest.json"
-IMPORT_LINES = 1024
-UNIT_LINES = 64  # of a .jsonl with ids; two files that begin with so many lines alike are no accident
 
 
 @dataclass(frozen=True)
@@ -152,92 +143,3 @@ def check_compatible(shards: list[Shard], fingerprint: str, seq_len: int, rechun
         if meta.seq_len != seq_len and not rechunk:
             raise ShardError(f"{meta.path}: made for seq_len {meta.seq_len}, this run has {seq_len}. Set seq_len to "
                              f"{meta.seq_len}, tokenize again, or say --rechunk to cut these shards into other windows.")
-
-
-def import_ids(jsonl_path: Path | str, folder: Path | str, tokenizer: dict, seq_len: int) -> ShardMeta:
-    """A train shard in `folder` from a file with one JSON list of ids a line, one line a document.
-
-    The shard is named by the contents of the file, so importing it again only finds the shard there, also when two runs begin at once.
-    """
-    path = Path(jsonl_path)
-    digest = _file_digest(path, tokenizer["fingerprint"])
-    name = f"{path.name.removesuffix('.jsonl')}.cached.{seq_len}.{digest[:12]}"
-    meta_path = Path(folder) / f"{name}{META_SUFFIX}"
-    with nullcontext() if meta_path.exists() else _one_writer(Path(folder)):
-        if meta_path.exists():
-            return Shard.open(meta_path).meta
-        return write_shard(
-            folder,
-            name,
-            _id_batches(path, tokenizer["vocab_size"], tokenizer["eos_id"]),
-            dtype=token_dtype(tokenizer["vocab_size"]),
-            tokenizer=tokenizer,
-            units=[{"unit_id": unit_id, "name": path.name, "bytes": 0} for unit_id in _unit_ids(path, tokenizer["fingerprint"])],
-            role="train",
-            seq_len=seq_len,
-            writer={"backend": "import_ids"},
-        )
-
-
-@contextmanager
-def _one_writer(folder: Path) -> Iterator[None]:
-    """Wait until no other process imports into `folder`."""
-    try:
-        folder.mkdir(parents=True, exist_ok=True)
-        lock = open(folder / ".lock", "w")  # noqa: SIM115  held to the end
-    except OSError as error:
-        raise ShardError(f"{folder}: cannot be written ({error.strerror}). data.save_bin=false keeps the shard in the run's folder.") from None
-    with lock:
-        with suppress(OSError):  # a file system that knows no locks
-            fcntl.flock(lock, fcntl.LOCK_EX)
-        yield
-
-
-def _file_digest(path: Path, fingerprint: str) -> str:
-    """Of the file's bytes and the tokenizer: the same ids under another tokenizer are another text."""
-    digest = hashlib.sha256(fingerprint.encode())
-    try:
-        with open(path, "rb") as file:
-            while data := file.read(1 << 20):
-                digest.update(data)
-    except OSError as error:
-        raise ShardError(f"{path}: cannot be read ({error.strerror}). Give a file with one list of token ids a line.") from None
-    return digest.hexdigest()
-
-
-def _unit_ids(path: Path, fingerprint: str) -> list[str]:
-    """Of its lines up to UNIT_LINES, twice, four times as many and so on: a file that has grown is known by those it had before."""
-    ids, end, number, unit = [], 0, 0, hashlib.sha256(fingerprint.encode())
-    with open(path, "rb") as file:
-        for number, line in enumerate(file, 1):
-            unit.update(line.strip() + b"\n")
-            if number == UNIT_LINES << len(ids):
-                ids.append(unit.hexdigest())
-                end, unit = number, hashlib.sha256(fingerprint.encode())
-    return ids if ids and number == end else [*ids, unit.hexdigest()]
-
-
-def _id_batches(path: Path, vocab_size: int, eos_id: int) -> Iterator[tuple[np.ndarray, np.ndarray]]:
-    n_docs, n_open = 0, 0
-    with open(path, "rb") as file:
-        documents = filter(None, (_id_list(line, f"{path}:{number}", vocab_size) for number, line in enumerate(file, 1)))
-        while batch := list(islice(documents, IMPORT_LINES)):
-            n_docs, n_open = n_docs + len(batch), n_open + sum(ids[-1] != eos_id for ids in batch)
-            yield np.concatenate([np.array(ids, np.int64) for ids in batch]), np.array([len(ids) for ids in batch])
-    if n_open:
-        log.warning(f"{path}: {n_open:,} of {n_docs:,} lists do not end with the end-of-text id {eos_id}; "
-                    f"they run into the next one as they are")
-
-
-def _id_list(line: bytes, where: str, vocab_size: int) -> list[int]:
-    try:
-        ids = json.loads(line) if line.strip() else []
-    except ValueError:
-        raise ShardError(f"{where}: not JSON. Each line must be one list of token ids, like [17, 4, 0].") from None
-    if not isinstance(ids, list) or not set(map(type, ids)) <= {int}:  # type(): True is an int by isinstance
-        raise ShardError(f"{where}: not a list of whole numbers. Each line must be one list of token ids, like [17, 4, 0].")
-    if ids and not 0 <= min(ids) <= max(ids) < vocab_size:
-        wrong = next(i for i in ids if not 0 <= i < vocab_size)
-        raise ShardError(f"{where}: id {wrong} is outside the vocabulary of {vocab_size:,}. "
-                         f"These ids come from another tokenizer: set tokenizer_path to that one.")
-    return ids

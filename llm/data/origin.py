@@ -34,12 +34,17 @@ def _origin(phase: Phase, sample: int, shards: dict[str, Shard]) -> Origin:
     else:
         start = number * phase.seq_len
         pieces = [] if phase.packing else [(start, min(start + phase.seq_len + 1, shard.n_tokens))]
-    return Origin(shard, pieces, [document for piece in pieces for document in _documents(here, *piece)] if here else [])
+    return Origin(shard, pieces, [document for piece in pieces for document in documents_between(here, *piece)] if here else [])
 
 
-def _documents(shard: Shard, start: int, stop: int) -> list[tuple[str, int]]:
-    """Documents that have tokens in [start, stop): a unit's documents follow one another, and units lie as the meta lists them."""
-    first, last = np.searchsorted(shard.doc_ends, [start, stop - 1], side="right").tolist()
+def documents_between(shard: Shard, start: int, stop: int) -> list[tuple[str, int]]:
+    """Documents that have tokens in [start, stop), as (source file, document in it, from 0).
+
+    They are counted as far as this shard holds the file: a unit's documents follow one another, and
+    units lie as the meta lists them.
+    """
+    ends = shard.doc_ends.view(np.int64)  # as they are, they would all be converted for each search
+    first, last = np.searchsorted(ends, [start, stop - 1], side="right").tolist()
     units = shard.meta.units
     unit_ends = np.cumsum([unit.get("docs", 0) for unit in units], dtype=np.int64)
     found = []

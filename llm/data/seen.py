@@ -1,28 +1,45 @@
 """What the ledger says, in the terms of people: which files, how much of them, and whether a text was trained on."""
 
-from dataclasses import asdict
+from dataclasses import asdict, dataclass
 from itertools import islice
 
 import numpy as np
 
 from .ledger import Ledger
-from .phase import Phase
+from .phase import Phase, PhaseShard
 
 
-def seen_by_unit(ledger: Ledger) -> dict[str, float]:
-    """For each unit that a phase holds, the fraction of its shard's samples that were trained on at least once."""
-    masks: dict[tuple, np.ndarray] = {}
-    units: dict[tuple, tuple[str, ...]] = {}
+@dataclass(frozen=True)
+class SeenShard:
+    """A shard as some phases have cut it, and which of its samples they have taken at least once."""
+
+    phase: Phase
+    """The last of them."""
+    shard: PhaseShard
+    seen: np.ndarray
+    """bool[n_samples]"""
+
+    @property
+    def fraction(self) -> float:
+        return float(self.seen.mean()) if self.seen.size else 0.0
+
+
+def seen_shards(ledger: Ledger) -> list[SeenShard]:
+    """Those of all phases. One that phases have cut in several ways is there once for each."""
+    found: dict[tuple, SeenShard] = {}
     for phase in ledger.phases:
         for index, shard in enumerate(phase.shards):
-            key = (shard.shard_id, phase.seq_len, phase.packing)
-            masks[key] = masks.get(key, False) | phase.seen_samples(index)
-            units[key] = shard.unit_ids
+            key, seen = (shard.shard_id, phase.seq_len, phase.packing), phase.seen_samples(index)
+            found[key] = SeenShard(phase, shard, seen | found[key].seen if key in found else seen)
+    return list(found.values())
+
+
+def seen_by_unit(*ledgers: Ledger) -> dict[str, float]:
+    """For each unit that a phase of these ledgers holds, how much of its shard was trained on."""
     fractions: dict[str, float] = {}
-    for key, mask in masks.items():
-        fraction = float(mask.mean()) if mask.size else 0.0
-        for unit_id in units[key]:
-            fractions[unit_id] = max(fractions.get(unit_id, 0.0), fraction)
+    for found in (seen for ledger in ledgers for seen in seen_shards(ledger)):
+        for unit_id in found.shard.unit_ids:
+            fractions[unit_id] = max(fractions.get(unit_id, 0.0), found.fraction)
     return fractions
 
 
@@ -85,3 +102,8 @@ def _phase_view(phase: Phase, earlier: dict | None) -> dict:
 def _percent(part: int, whole: int) -> float:
     """Rounded down: 100.0 means all of it."""
     return 10_000 * part // max(1, whole) / 100
+
+
+def percent(fraction: float) -> str:
+    """Rounded down: 100.00 % means all of it."""
+    return f"{int(fraction * 10_000) / 100:.2f} %"

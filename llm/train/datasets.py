@@ -5,8 +5,10 @@ from collections import Counter
 from pathlib import Path
 
 from llm.config import ConfigError, RunConfig
+from llm.data.grown_ids import settle
+from llm.data.import_ids import import_ids
 from llm.data.ledger import Ledger
-from llm.data.manifest import check_compatible, find_shards, import_ids
+from llm.data.manifest import check_compatible, find_shards
 from llm.data.shards import Shard
 from llm.dist import World
 from llm.log import log
@@ -26,6 +28,32 @@ def open_shards(cfg: RunConfig, tokenizer: Tokenizer, world: World) -> tuple[dic
     train, val = world.together(open_all)
     world.together(lambda: _same_everywhere(world, [s for found in train.values() for s in found] + val))
     return train, val
+
+
+def settle_imports(
+    datasets: dict[str, list[Shard]], ledger: Ledger, world: World
+) -> tuple[dict[str, list[Shard]], list[str]]:
+    """`datasets` with what the ledger knows of each .jsonl of ids and what was added to it apart.
+
+    Also why files that were changed otherwise may not be trained on. Collective. Raises UserError.
+    """
+
+    def settled() -> tuple[dict[str, list[str]], list[str]]:
+        found = settle(pool(datasets), ledger)
+        for why in found.refused:
+            log.warning(why)
+        paths = {whole: [str(s.meta.path) for s in shards] for whole, shards in found.shards.items()}
+        return paths, found.refused
+
+    def opened(shards: list[Shard]) -> list[Shard]:
+        places = [paths.get(s.meta.shard_id, [str(s.meta.path)]) for s in shards]
+        return pool({"": [Shard.open(path) for some in places for path in some]})
+
+    paths, refused = world.on_rank_0(settled)
+    if not paths:
+        return datasets, []
+    found = world.together(lambda: {name: opened(shards) for name, shards in datasets.items()})
+    return found, refused
 
 
 def pool(datasets: dict[str, list[Shard]]) -> list[Shard]:

@@ -22,6 +22,7 @@ from llm.checkpoint.staging import Staging
 from llm.checkpoint.template import write_template
 from llm.config import RunConfig, interval_steps
 from llm.data.ledger import Ledger
+from llm.data.lineage import bases_of_run
 from llm.data.seen import seen_view
 from llm.dist import World
 from llm.engine import Engine
@@ -48,10 +49,11 @@ class Keeper:
         template: dict | None,
         validated_on: str,
         is_fork: bool = False,
+        source: Checkpoint | None = None,
     ):
         """`parent`: where the run goes on from; with `is_fork` it is another run's, and this one begins its own history there. `template`:
         of the conversations it is trained on. `validated_on`: digest of what validation losses are
-        measured on (`measure_digest`)."""
+        measured on (`measure_digest`). `source`: whose weights alone a new run begins with."""
         self.cfg, self.plan, self.world, self.engine, self.tokenizer = cfg, plan, world, engine, tokenizer
         self.lock, self.probe, self.template = lock, probe, template
         self.validated_on = validated_on
@@ -60,6 +62,7 @@ class Keeper:
         self.attempt = world.on_rank_0(lock.take)  # the lock's token: attempts that never saved count too
         self.parent = Parent(name=parent.folder.name, manifest_sha256=file_sha256(parent.folder / NAME)) if parent else None
         self.lineage = [*parent.manifest.lineage, parent.folder.name] if parent and not is_fork else []
+        self.bases = bases_of_run(parent, is_fork, source)
         self.resumed_from = parent.folder if parent else None
         self.batch_since = _batch_since(parent, plan.global_rows)
         self.saved_step = parent.manifest.step if parent else 0
@@ -133,6 +136,7 @@ class Keeper:
             tokens_seen=at.tokens_seen,
             parent=self.parent,
             lineage=self.lineage,
+            bases=self.bases,
             world_size=self.world.size,
             global_rows=self.plan.global_rows,
             batch_since=self.batch_since,

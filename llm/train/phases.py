@@ -118,7 +118,7 @@ def _go_on(ledger: Ledger, chosen: list[Shard], wish: Wish, cfg: RunConfig) -> L
         )
     if wish.reset_epoch:
         raise ConfigError(f"--reset-epoch begins another pass when one is finished, but {done}. Run without it to finish first.")
-    if wish.dataset and {s.shard_id for s in phase.shards} != {s.meta.shard_id for s in chosen}:
+    if wish.dataset and not {s.shard_id for s in phase.shards} <= {s.meta.shard_id for s in chosen}:
         raise ConfigError(f"--dataset {wish.dataset}: {done} and holds other data. Run without --dataset to finish it first.")
     return ledger
 

@@ -152,7 +152,7 @@ def _prepare(found: Found, ledger: Ledger, options: Options, measure: Measure | 
     measure_of = measure_digest(found.val_shards, cfg)
     keeper = Keeper(
         cfg, plan, world, engine, tokenizer, checkpoint, guards.lock, probe, template, measure_of,
-        is_fork=found.begins_fork,
+        is_fork=found.begins_fork, source=source,
     )  # fmt: skip
     _introduce(cfg, plan, world, checkpoint, at, ledger, engine.no_varlen)
 

@@ -14,7 +14,7 @@ from llm.checkpoint.resume import Checkpoint, newest, open_checkpoint
 from llm.checkpoint.rng import load_rng_state
 from llm.checkpoint.slices import CheckpointError, state_hash
 from llm.config import ConfigError, RunConfig
-from llm.data.ledger import Ledger
+from llm.data.ledger import Ledger, LedgerError
 from llm.data.shards import Shard
 from llm.dist import World, is_restarted
 from llm.engine import Engine, build_engine
@@ -25,7 +25,7 @@ from llm.model.init import build_model
 from llm.model.transformer import Transformer
 from llm.tokenizer import Tokenizer, load_tokenizer
 from llm.train.anneal import CHANGED_BY_ANNEAL, Fork
-from llm.train.datasets import open_shards
+from llm.train.datasets import open_shards, settle_imports
 from llm.train.drift import check_drift, check_source
 from llm.train.invariants import RESUMABLE
 from llm.train.loop import Progress
@@ -83,10 +83,18 @@ class Found:
     """The checkpoint is the trunk's: this run begins with it a history of its own."""
     at: Progress
     plan: BatchPlan
+    refused: list[str]
+    """Why files of ids that were changed since the run was trained on them are in no new phase."""
 
     def choose(self, wish: Wish) -> Ledger | str:
-        """The ledger with a phase to train on, or why there is nothing to train. Collective."""
-        return self.world.together(lambda: choose_phase(self.at.ledger, self.train_shards, wish, self.cfg, self.at.step, self.plan.global_rows))
+        """The ledger with a phase to train on, or why there is nothing to train. Collective. Raises UserError."""
+        return self.world.together(lambda: self._chosen(wish))
+
+    def _chosen(self, wish: Wish) -> Ledger | str:
+        begins_phase = self.at.ledger.open_phase is None and (wish.only_new or wish.reset_epoch)
+        if begins_phase and self.refused:
+            raise LedgerError(self.refused[0])
+        return choose_phase(self.at.ledger, self.train_shards, wish, self.cfg, self.at.step, self.plan.global_rows)
 
 
 def find(cfg: RunConfig, world: World, options: Options, fork: Fork | None, lock: RunLock) -> Found:
@@ -106,7 +114,9 @@ def find(cfg: RunConfig, world: World, options: Options, fork: Fork | None, lock
         init_from = None if is_restarted() else options.init_from  # the launcher's words are those of the first start
         world.on_rank_0(lambda: _check_identity(checkpoint, cfg, tokenizer, init_from, accepted))  # once, and told once
     plan = world.together(lambda: batch_plan(cfg, world.size, checkpoint.manifest.global_rows if checkpoint else None))
-    return Found(cfg, world, tokenizer, train_shards, val_shards, checkpoint, checkpoint is not own, _position(checkpoint), plan)
+    position = _position(checkpoint)
+    train_shards, refused = settle_imports(train_shards, position.ledger, world)
+    return Found(cfg, world, tokenizer, train_shards, val_shards, checkpoint, checkpoint is not own, position, plan, refused)
 
 
 def _take_over(run: Path, lock: RunLock, by_force: bool) -> None:

@@ -6,8 +6,10 @@ import sys
 import pytest
 from counting_shards import TOKENIZER, write_counting
 
+from llm.data.grown_ids import settle
+from llm.data.import_ids import import_ids
 from llm.data.ledger import Ledger, LedgerError, new_shards
-from llm.data.manifest import find_shards, import_ids
+from llm.data.manifest import find_shards
 from llm.data.phase import Phase
 from llm.data.shards import Shard, ShardError
 
@@ -64,10 +66,28 @@ def test_a_file_that_has_grown_is_not_taken_for_a_new_text(tmp_path):
     assert new_shards(ledger, [first, rest]) == [rest]
 
 
+def test_a_run_that_was_fed_twice_by_an_earlier_version_goes_on_with_the_new_lines_alone(tmp_path):
+    def imported(last: int) -> Shard:
+        path = write_lists(tmp_path / "x.jsonl", [[i, 0] for i in range(1, last)])
+        return Shard.open(import_ids(path, tmp_path / "out", TOKENIZER, 8).path)
+
+    ledger = Ledger()
+    for name, last in (("p0", 21), ("p1", 31)):  # the first 20 lists again in p1
+        phase = Phase.plan(name, 3, 1, 8, [imported(last)])
+        ledger = ledger.open(phase).advance(phase.total, 1)
+    grown = imported(41)
+    settled = settle([grown], ledger)
+    assert settled.refused == []
+    old, new = settled.shards[grown.meta.shard_id]
+    assert old.meta.shard_id == ledger.phases[1].shards[0].shard_id
+    assert new.tokens(0, 20).tolist() == sum([[i, 0] for i in range(31, 41)], [])
+    assert new_shards(ledger, [old, new]) == [new]
+
+
 IMPORTER = """
 import sys
 from counting_shards import TOKENIZER
-from llm.data.manifest import import_ids
+from llm.data.import_ids import import_ids
 from llm.data.shards import Shard, verify_shard
 print("ready", flush=True)
 sys.stdin.readline()
