@@ -11,7 +11,7 @@ from pathlib import Path
 
 @contextmanager
 def new_file(path: Path) -> Iterator[Path]:
-    """Yield a path to write to. After the block its file is made durable and takes the place of `path`.
+    """Yield a path to write to. After the block its file is made durable and replaces `path`.
 
     A reader finds the old content or the new, never a part. An error in the block leaves `path` as
     it was. A symbolic link stays and its target is replaced; a pipe or a device is written to
@@ -23,12 +23,16 @@ def new_file(path: Path) -> Iterator[Path]:
     if path.is_symlink():
         path = Path(os.path.realpath(path))
     fresh = path.with_name(f".{path.name}.new")  # the same each time: what a kill leaves is reused
-    handle = _open_alone(fresh)
+    try:
+        handle = _open_alone(fresh)
+    except OSError as error:
+        error.filename = str(path)  # nobody knows the other name
+        raise
     try:
         yield fresh
-        with suppress(OSError):  # there is no old file, or its file system knows no modes
-            shutil.copymode(path, fresh)
         _fsync(fresh)
+        with suppress(OSError):  # there is no old file, or its file system knows no modes
+            fresh.chmod(path.stat().st_mode & 0o777 | 0o200)  # as before, and replaceable
         os.replace(fresh, path)  # atomic, but durable only once the folder is
     except BaseException:
         fresh.unlink(missing_ok=True)

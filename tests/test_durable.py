@@ -1,4 +1,7 @@
-"""llm/durable.py beside what tests/faults/test_whole_files.py asks of it: writers at once, links, devices, modes."""
+"""llm/durable.py: writers at once, links, devices, modes.
+
+Full disks and kills are in tests/faults/test_whole_files.py.
+"""
 
 import os
 from multiprocessing import get_context
@@ -20,7 +23,10 @@ def write_often(path: Path, content: str) -> None:
 def test_of_processes_that_write_one_file_at_once_a_reader_sees_one_and_whole(tmp_path):
     path = tmp_path / "results.json"
     durable.write_text(path, CONTENTS[0])
-    writers = [get_context("fork").Process(target=write_often, args=(path, content)) for content in CONTENTS]
+    writers = [
+        get_context("fork").Process(target=write_often, args=(path, content))
+        for content in CONTENTS
+    ]
     for writer in writers:
         writer.start()
     seen = set()
@@ -37,7 +43,9 @@ def test_a_link_stays_and_the_file_behind_it_is_replaced(tmp_path):
     (tmp_path / "elsewhere" / "file").write_text("old")
     (tmp_path / "link").symlink_to(Path("elsewhere") / "file")
     durable.write_text(tmp_path / "link", "new")
-    assert (tmp_path / "link").is_symlink() and (tmp_path / "elsewhere" / "file").read_text() == "new"
+    assert (tmp_path / "link").is_symlink() and (
+        tmp_path / "elsewhere" / "file"
+    ).read_text() == "new"
     assert len(list((tmp_path / "elsewhere").iterdir())) == 1
 
 
@@ -68,7 +76,9 @@ def test_an_error_while_it_is_written_leaves_what_was_there(tmp_path, is_there):
     with pytest.raises(ZeroDivisionError), durable.new_file(path) as fresh:
         fresh.write_text("half")
         raise ZeroDivisionError
-    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == ({"file": "old"} if is_there else {})
+    assert {p.name: p.read_text() for p in tmp_path.iterdir()} == (
+        {"file": "old"} if is_there else {}
+    )
 
 
 def test_a_folder_is_there_with_all_in_it_or_not_at_all(tmp_path):
@@ -82,4 +92,6 @@ def test_a_folder_is_there_with_all_in_it_or_not_at_all(tmp_path):
                 assert not fails
         except AssertionError:
             assert fails and list(tmp_path.iterdir()) == []
-    assert (tmp_path / "out" / "inner" / "file").read_text() == "whole" and len(list(tmp_path.iterdir())) == 1
+    assert (tmp_path / "out" / "inner" / "file").read_text() == "whole" and len(
+        list(tmp_path.iterdir())
+    ) == 1

@@ -24,7 +24,7 @@ def begin_note(folder: Path) -> None:
 
 
 def note_use(tokenizer_path: Path, dataset: Path) -> None:
-    """Note that `dataset` is made with the tokenizer at `tokenizer_path`, where that is ours to note."""
+    """Note that `dataset` is made with the tokenizer at `tokenizer_path`, where we may."""
     folder = _folder(tokenizer_path)
     noted = _noted(folder)
     if noted is None or not _is_own(folder):

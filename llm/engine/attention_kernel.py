@@ -18,11 +18,11 @@ OFF_LIMIT = 5e-2  # bf16 keeps 8 bits; a key too many or too few moves results b
 
 @contextmanager
 def training_kernels(cfg: ModelConfig, document_mask: bool) -> Iterator[None]:
-    """Which of torch's fused kernels training steps may take: for all of training, compilation included.
+    """Which of torch's fused kernels training may take, compilation included.
 
-    Their order is torch's own: it asks cuDNN first on Hopper from cuDNN 9.15.1 on, before which some
-    lengths fault (pytorch/pytorch#169849). Rows with a mask do without cuDNN, whose backward pass
-    gives NaN for some lengths (pytorch/pytorch#196678). Ends what `leave_cudnn` has begun.
+    Their order is torch's own: it asks cuDNN first on Hopper from cuDNN 9.15.1 on, before which
+    some lengths fault (pytorch/pytorch#169849). Rows with a mask do without cuDNN, whose backward
+    pass gives NaN for some lengths (pytorch/pytorch#196678). Ends what `leave_cudnn` has begun.
     """
     was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
     is_masked = document_mask or _window(cfg) is not None
@@ -40,8 +40,8 @@ def leave_cudnn(cfg: RunConfig, device: str) -> bool:
     """
     if not device.startswith("cuda") or cfg.model.attention == "eager":
         return False
-    is_masked = cfg.data.document_mask
-    if _chosen_kernel(cfg.model, cfg.engine.precision, device, is_masked) != SDPBackend.CUDNN_ATTENTION:
+    chosen = _chosen_kernel(cfg.model, cfg.engine.precision, device, is_masked=False)
+    if chosen != SDPBackend.CUDNN_ATTENTION:  # nor is it ever with a mask
         return False
     torch.backends.cuda.enable_cudnn_sdp(False)
     torch.compiler.reset()

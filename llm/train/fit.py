@@ -18,9 +18,11 @@ class OutOfMemory(UserError):
     """A step did not fit, and this process cannot cut it smaller by itself."""
 
 
-# what has no class of its own: torch's allocator for CPUs ("can't allocate memory"), the CUDA runtime
-# and driver, Triton, NCCL ("out of memory"), cuBLAS, cuDNN and the other libraries ("..._ALLOC_FAILED")
-_OUT_OF_MEMORY = re.compile(r"out of memory|can't allocate memory|cudaErrorMemoryAllocation|_ALLOC_FAILED")
+# what has no class of its own: torch's allocator for CPUs ("can't allocate memory"), the CUDA
+# runtime and driver, Triton, NCCL ("out of memory"), cuBLAS, cuDNN and others ("..._ALLOC_FAILED")
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|cudaErrorMemoryAllocation|_ALLOC_FAILED"
+)
 
 
 def is_out_of_memory(error: BaseException) -> bool:

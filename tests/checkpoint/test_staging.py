@@ -1,5 +1,4 @@
-"""Page-locked memory for asynchronous saves: CUDA is played by a driver that remembers what it was given, as real ones do."""
-
+"""Page-locked memory for asynchronous saves, with a stand-in for CUDA's driver."""
 
 import pytest
 import torch
@@ -16,7 +15,7 @@ ALREADY_REGISTERED, INVALID_VALUE = 712, 1
 
 
 class OnGpu(torch.Tensor):
-    """A tensor that says that it is on a GPU. Copies that a driver loses leave their target as it is."""
+    """A tensor that says it is on a GPU. A copy that the driver loses changes nothing."""
 
     is_cuda = True
 
@@ -35,7 +34,9 @@ class Driver:
         self.error, self.unregister_error, self.pending, self.loses = 0, 0, 0, False
 
     def cudaHostRegister(self, start: int, size: int, flags: int) -> int:
-        overlaps = any(other < start + size and start < other + n for other, n in self.registered.items())
+        overlaps = any(
+            other < start + size and start < other + n for other, n in self.registered.items()
+        )
         self.pending = self.error or (ALREADY_REGISTERED if overlaps else 0)
         if not self.pending:
             self.registered[start] = size
@@ -66,12 +67,23 @@ def driver(monkeypatch):
 
 
 def on_gpu(n: int, first: float = 1.0) -> list[Slice]:
-    return [Slice(f"p{i}", "fp32", 0, torch.arange(first + i * n, first + (i + 1) * n).as_subclass(OnGpu)) for i in range(3)]
+    return [
+        Slice(
+            f"p{i}", "fp32", 0, torch.arange(first + i * n, first + (i + 1) * n).as_subclass(OnGpu)
+        )
+        for i in range(3)
+    ]
 
 
 def test_what_is_page_locked_is_given_back_before_its_memory_is(driver):
     keep = Staging()
-    for slices, do in ((on_gpu(100), bool), (on_gpu(100), bool), (on_gpu(5000), keep.give_up), (on_gpu(100), bool), (on_gpu(7000), keep.close)):
+    for slices, do in (
+        (on_gpu(100), bool),
+        (on_gpu(100), bool),
+        (on_gpu(5000), keep.give_up),
+        (on_gpu(100), bool),
+        (on_gpu(7000), keep.close),
+    ):
         copies = keep.copy(slices)
         assert all(torch.equal(a.values, b.values) for a, b in zip(copies, slices, strict=True))
         keep.check(state_hash(copies))
@@ -105,20 +117,26 @@ def test_memory_that_the_driver_does_not_give_back_is_never_freed(driver):
 
 
 def save_on_gpu(run, step: int, keep: Staging) -> Save:
-    slices = [Slice(s.name, s.kind, s.start, s.values.as_subclass(OnGpu)) for s in state_of(step, World())]
+    slices = [
+        Slice(s.name, s.kind, s.start, s.values.as_subclass(OnGpu)) for s in state_of(step, World())
+    ]
     saving = Save(World(), run, manifest_of(step, World()), slices, add_tokenizer, staging=keep)
     saving.start()
     return saving
 
 
-def test_a_copy_that_is_not_what_the_gpu_held_is_not_published_and_the_next_is_made_another_way(tmp_path, driver):
+def test_a_copy_that_is_not_what_the_gpu_held_is_not_published_and_the_next_is_made_another_way(
+    tmp_path, driver
+):
     keep = Staging()
     save_on_gpu(tmp_path, 1, keep).commit()
     driver.loses = True
     with pytest.raises(SaveFailed, match="is not what the GPU held"):
         save_on_gpu(tmp_path, 2, keep).commit()
     path = save_on_gpu(tmp_path, 3, keep).commit()
-    assert driver.registered == {} and read_manifest(path).state_hash == state_hash(state_of(3, World()))
+    assert driver.registered == {} and read_manifest(path).state_hash == state_hash(
+        state_of(3, World())
+    )
     assert names(tmp_path) == {"RUN.json", "step-000000001-a1", "step-000000003-a1"}
 
 
@@ -131,18 +149,34 @@ def broken_gpu(*_) -> None:
 
 def test_a_run_on_the_cpu_does_not_ask_a_gpu_for_its_generator(monkeypatch):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
-    monkeypatch.setattr(torch.cuda, "is_initialized", lambda: True)  # as where several ranks have met
+    monkeypatch.setattr(
+        torch.cuda, "is_initialized", lambda: True
+    )  # as where several ranks have met
     monkeypatch.setattr(torch.cuda, "get_rng_state", broken_gpu)
     assert sorted(rng.rng_state()) == ["numpy", "python", "torch"]
     assert sorted(rng.rng_state("mps")) == ["numpy", "python", "torch"]
     asked = []
-    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: asked.append(device) or torch.zeros(16, dtype=torch.uint8))
-    assert sorted(rng.rng_state("cuda:1")) == ["cuda", "numpy", "python", "torch"] and asked == ["cuda:1"]
+    monkeypatch.setattr(
+        torch.cuda,
+        "get_rng_state",
+        lambda device: asked.append(device) or torch.zeros(16, dtype=torch.uint8),
+    )
+    assert sorted(rng.rng_state("cuda:1")) == ["cuda", "numpy", "python", "torch"] and asked == [
+        "cuda:1"
+    ]
 
 
-def test_a_generator_that_cannot_be_asked_fails_this_save_by_the_vote_of_all_ranks(tmp_path, monkeypatch):
+def test_a_generator_that_cannot_be_asked_fails_this_save_by_the_vote_of_all_ranks(
+    tmp_path, monkeypatch
+):
     """Any other error would leave the other ranks waiting for this one's vote."""
     monkeypatch.setattr(torch.cuda, "get_rng_state", broken_gpu)
     with pytest.raises(SaveFailed, match="rank 0: RuntimeError: CUDA error: out of memory"):
-        Save(World(device="cuda:0"), tmp_path, manifest_of(1, World()), state_of(1, World()), add_tokenizer)
+        Save(
+            World(device="cuda:0"),
+            tmp_path,
+            manifest_of(1, World()),
+            state_of(1, World()),
+            add_tokenizer,
+        )
     assert list(tmp_path.iterdir()) == []

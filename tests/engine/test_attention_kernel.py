@@ -68,7 +68,7 @@ def test_cudnn_is_left_where_it_is_in_use_for_as_long_as_training_lasts(monkeypa
 def test_code_that_was_compiled_is_compiled_anew_when_cudnn_is_left():
     cfg, graphs = run_config(World(), {}), CompileCounterWithBackend("eager")
     double = torch.compile(lambda x: 2 * x, backend=graphs)
-    with training_kernels(cfg.model, False), mock.patch("llm.engine.attention_kernel._chosen_kernel", lambda *_: SDPBackend.CUDNN_ATTENTION):
+    with training_kernels(cfg.model, False), mock.patch("llm.engine.attention_kernel._chosen_kernel", lambda *_, **__: SDPBackend.CUDNN_ATTENTION):
         double(torch.ones(3))
         assert graphs.frame_count == 1 and leave_cudnn(cfg, "cuda:0")
         double(torch.ones(3))
