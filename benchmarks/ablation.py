@@ -8,7 +8,6 @@ The first row is the config as it is, compiled; a ratio below 1 says what is los
 
 import time
 from collections.abc import Callable
-from contextlib import nullcontext
 from pathlib import Path
 from unittest import mock
 
@@ -23,7 +22,7 @@ from llm.config import RunConfig, load_config
 from llm.data.stream import Batch
 from llm.dist import World
 from llm.engine import build_engine
-from llm.engine.attention_kernel import is_hopper, kernels_in_order
+from llm.engine.attention_kernel import training_kernels
 from llm.engine.precision import resolve_precision
 from llm.engine.process import keep_freed_memory
 from llm.model import products
@@ -62,8 +61,8 @@ def main() -> None:
 def forms(cfg: RunConfig, device: str) -> dict[str, Callable]:
     """Name -> a function of (config, device) that builds an engine and gives its step."""
 
-    def less(*, head: type[Head] = Head, fused: bool = True, onednn: bool = products.ONEDNN, in_order: bool = True, **sections: dict) -> Callable:
-        return lambda cfg, device: stepper(changed(cfg, **sections), device, head, fused, onednn, in_order)
+    def less(*, head: type[Head] = Head, fused: bool = True, onednn: bool = products.ONEDNN, cudnn: bool = True, **sections: dict) -> Callable:
+        return lambda cfg, device: stepper(changed(cfg, **sections), device, head, fused, onednn, cudnn)
 
     other = "sdpa" if cfg.model.attention == "eager" else "eager"
     found = {
@@ -77,8 +76,8 @@ def forms(cfg: RunConfig, device: str) -> dict[str, Callable]:
     }
     if products.ONEDNN and cfg.engine.precision == "fp32" and device == "cpu":
         found["products by MKL"] = less(onednn=False)
-    if is_hopper(device) and cfg.model.attention == "sdpa":
-        found["flash before cuDNN"] = less(in_order=False)
+    if device.startswith("cuda") and cfg.model.attention == "sdpa":
+        found["attention without cuDNN"] = less(cudnn=False)
     return found
 
 
@@ -89,7 +88,7 @@ class WholeLogits(Head):
         return F.cross_entropy(super().forward(x).flatten(0, 1).float(), targets_BT.flatten(), reduction="sum", ignore_index=-100)
 
 
-def stepper(cfg: RunConfig, device: str, head: type[Head], fused: bool, onednn: bool, in_order: bool) -> Callable:
+def stepper(cfg: RunConfig, device: str, head: type[Head], fused: bool, onednn: bool, cudnn: bool) -> Callable:
     model = build_model(cfg.model, cfg.train.seed)
     model.head.__class__ = head
     if head is WholeLogits and cfg.engine.compile:
@@ -99,7 +98,7 @@ def stepper(cfg: RunConfig, device: str, head: type[Head], fused: bool, onednn: 
         group.update(fused=fused, foreach=False)
 
     def step(batches) -> float:
-        with mock.patch.object(products, "ONEDNN", onednn), kernels_in_order(device) if in_order else nullcontext():
+        with mock.patch.object(products, "ONEDNN", onednn), training_kernels(cfg.model, not cudnn):
             n_targets = sum(y.numel() for _, y in batches)
             return engine.train_step([Batch(x, y, None, None) for x, y in batches], n_targets, cfg.train.lr, lambda _: True).loss
 

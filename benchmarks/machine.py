@@ -8,6 +8,8 @@ import subprocess
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
+from llm import durable
+
 
 def machine(packages: list[str]) -> dict:
     """Hardware, system, the versions of these packages (None: missing) and the commit."""
@@ -25,7 +27,7 @@ def write_json(report: dict, path: Path | None) -> None:
     """All figures of a run, where they were asked for."""
     if path:
         path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text(json.dumps(report, indent=1) + "\n")
+        durable.write_text(path, json.dumps(report, indent=1) + "\n")
 
 
 def _version(package: str) -> str | None:

@@ -36,7 +36,7 @@ from llm.config import RunConfig, check_config, load_config
 from llm.data.stream import Batch
 from llm.dist import World
 from llm.engine import build_engine
-from llm.engine.attention_kernel import kernels_in_order
+from llm.engine.attention_kernel import training_kernels
 from llm.engine.precision import resolve_precision
 from llm.engine.process import keep_freed_memory
 from llm.log import log
@@ -178,7 +178,7 @@ def tally_step(cfg: RunConfig, world: World) -> Callable:
     def step(batches) -> float:
         micro_batches = [Batch(x, y, None, None) for x, y in batches]
         n_targets = world.size * sum(y.numel() for _, y in batches)
-        with kernels_in_order(world.device):
+        with training_kernels(cfg.model, cfg.data.document_mask):
             update = engine.train_step(micro_batches, n_targets, cfg.train.lr, math.isfinite)
         assert update.applied
         return update.loss

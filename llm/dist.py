@@ -3,8 +3,10 @@
 import json
 import os
 import platform
+import re
 import socket
 import struct
+import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
@@ -273,7 +275,7 @@ def _choose_gpu(gpus: int) -> int:
     """Ask a person at a terminal; else take the GPU with the most free memory."""
     import torch
 
-    free = [torch.cuda.mem_get_info(i)[0] for i in range(gpus)]
+    free = _free_memory(gpus)
     freest = max(range(gpus), key=lambda i: free[i])
     for i in range(gpus):
         log.info(f"  {i}  {torch.cuda.get_device_name(i)}, {free[i] / 2**30:.0f} GiB free")
@@ -281,6 +283,48 @@ def _choose_gpu(gpus: int) -> int:
         log.info(f"GPU {freest} has the most free memory and is used; --device cuda:N decides otherwise.")
         return freest
     answer = input(f"Which GPU? [{freest}] ").strip()
-    if answer and (not answer.isdigit() or int(answer) >= gpus):
+    if answer and (not answer.isdecimal() or int(answer) >= gpus):
         raise UserError(f"There is no GPU '{answer}'; choose 0 to {gpus - 1}.")
     return int(answer) if answer else freest
+
+
+def _free_memory(gpus: int) -> list[int]:
+    """Free bytes of each GPU, in the order in which torch counts them.
+
+    The driver is asked. CUDA itself would make a context on each GPU, 0.5 GB for as long as this
+    process lives, so it is asked only where nvidia-smi does not answer.
+    """
+    of_driver = _free_memory_by_uuid()
+    uuids = [_uuid(gpu) for gpu in range(gpus)]
+    return [
+        of_driver[uuid] if uuid in of_driver else _free_memory_by_cuda(gpu)
+        for gpu, uuid in enumerate(uuids)
+    ]
+
+
+def _free_memory_by_uuid() -> dict[str | None, int]:
+    words = ["nvidia-smi", "--query-gpu=uuid,memory.free", "--format=csv,noheader,nounits"]
+    try:
+        said = subprocess.run(words, capture_output=True, text=True, timeout=20, check=True).stdout
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    known = re.findall(r"^(\S+), (\d+)$", said, re.MULTILINE)  # for others it says [N/A]
+    return {uuid: int(mib) << 20 for uuid, mib in known}
+
+
+def _uuid(gpu: int) -> str | None:
+    import torch
+
+    try:
+        return f"GPU-{torch.cuda.get_device_properties(gpu).uuid}"
+    except (RuntimeError, AssertionError, AttributeError):
+        return None
+
+
+def _free_memory_by_cuda(gpu: int) -> int:
+    import torch
+
+    try:
+        return torch.cuda.mem_get_info(gpu)[0]
+    except RuntimeError:  # too full for a context even
+        return 0

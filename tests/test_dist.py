@@ -1,6 +1,7 @@
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 from unittest import mock
 
 import pytest
@@ -106,6 +107,60 @@ def test_alone_without_a_terminal_the_freest_gpu_is_taken_and_a_named_one_always
     assert "9 GiB free" in capsys.readouterr().out
     assert pick_device("cuda:2", World()) == "cuda:2"
     assert pick_device("cpu", World()) == "cpu"
+
+
+SMI = """#!/bin/sh
+cat "$0.says"
+"""
+
+
+@pytest.fixture
+def nvidia_smi(tmp_path, monkeypatch):
+    """A driver's tool that says what is in the file beside it."""
+    script = tmp_path / "bin" / "nvidia-smi"
+    script.parent.mkdir()
+    script.write_text(SMI)
+    script.chmod(0o755)
+    monkeypatch.setenv("PATH", f"{script.parent}:{os.environ['PATH']}")
+    return script.with_name("nvidia-smi.says")
+
+
+def pretend_uuids(monkeypatch, uuids: str) -> list[int]:
+    """GPUs with these ids, which note when CUDA itself is asked for their memory: that makes a context on each."""
+    pretend_gpus(monkeypatch, [1 << 30] * len(uuids))
+    contexts = []
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda i: SimpleNamespace(uuid=f"{uuids[i]}-{i}"))
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda i: contexts.append(i) or (1 << 30, 1 << 30))
+    return contexts
+
+
+@pytest.mark.parametrize(("said", "chosen", "asked"), [
+    ("GPU-a-0, 1000\nGPU-b-1, 9000\nGPU-c-2, 2000\n", "cuda:1", []),
+    ("GPU-c-2, 2000\nGPU-x-7, 99999\nGPU-b-1, 1\nGPU-a-0, 9000\n", "cuda:0", []),  # in another order, with one that is not visible
+    ("GPU-a-0, 0\nGPU-b-1, 0\nGPU-c-2, 5\n", "cuda:2", []),  # the first are full
+    ("GPU-a-0, [N/A]\nGPU-b-1, 100\nGPU-c-2, 200\n", "cuda:0", [0]),
+    ("GPU-a-0, 100\nGPU-b-1, 9000\n", "cuda:1", [2]),  # a MIG slice, which is not in the list
+    ("Failed to initialize NVML: Driver/library version mismatch\n", "cuda:0", [0, 1, 2]),
+    ("", "cuda:0", [0, 1, 2]),
+])  # fmt: skip
+def test_the_driver_is_asked_which_gpu_is_free_and_cuda_only_where_it_does_not_know(monkeypatch, nvidia_smi, said, chosen, asked):
+    nvidia_smi.write_text(said)
+    contexts = pretend_uuids(monkeypatch, "abc")
+    assert pick_device("auto", World()) == chosen and contexts == asked
+
+
+def test_a_gpu_that_is_full_does_not_keep_the_others_from_being_used(monkeypatch):
+    pretend_gpus(monkeypatch, [1, 3 << 30, 5 << 30, 4 << 30])
+    ask = torch.cuda.mem_get_info
+
+    def asked(i: int):
+        if i == 0:
+            raise torch.AcceleratorError("CUDA error: out of memory")
+        return ask(i)
+
+    monkeypatch.setattr(torch.cuda, "mem_get_info", asked)
+    monkeypatch.setenv("PATH", "")
+    assert pick_device("auto", World()) == "cuda:2"
 
 
 def test_at_a_terminal_the_person_chooses_the_gpu(monkeypatch):

@@ -7,10 +7,9 @@ Any checkpoint will do, saved on whatever number of ranks. Transformers itself i
 """
 
 import json
-import shutil
 from pathlib import Path
 
-from llm import cli
+from llm import cli, durable
 from llm.log import UserError, log, progress
 
 
@@ -48,22 +47,17 @@ def export(run: str | Path, out: Path, step: int | None = None, dtype: str = "fp
     torch_dtype = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}[dtype]
     ids = {"eos_token_id": tokenizer.eos_id, "bos_token_id": tokenizer.eos_id, "pad_token_id": tokenizer.pad_id}
     config = to_config_json(cfg) | ids | {"torch_dtype": str(torch_dtype).removeprefix("torch.")}
-    temporary = out.with_name(f".tmp-{out.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        (temporary / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
-        write_tokenizer(tokenizer, temporary, cfg.seq_len, to_jinja(template) if template else None)
-        write_generation_config(tokenizer, template, cfg.vocab_size, temporary / "generation_config.json")
-        with progress(len(parameter_shapes(cfg)), "writing", "tensors") as bar:
-            for _ in write_tensors(temporary, cfg, config["model_type"], checkpoint.reader.read_full, torch_dtype, shard_bytes):
-                bar.advance(1)
-        write_lineage(temporary, checkpoint)
-        temporary.rename(out)
+        with durable.new_folder(out) as fresh:
+            (fresh / "config.json").write_text(json.dumps(config, indent=2) + "\n", encoding="utf-8")
+            write_tokenizer(tokenizer, fresh, cfg.seq_len, to_jinja(template) if template else None)
+            write_generation_config(tokenizer, template, cfg.vocab_size, fresh / "generation_config.json")
+            with progress(len(parameter_shapes(cfg)), "writing", "tensors") as bar:
+                for _ in write_tensors(fresh, cfg, config["model_type"], checkpoint.reader.read_full, torch_dtype, shard_bytes):
+                    bar.advance(1)
+            write_lineage(fresh, checkpoint)
     except (OSError, SafetensorError) as error:  # the latter for a disk that is full, too
         raise UserError(f"{out}: cannot be written ({error}).") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     log.info(f"{out}: step {checkpoint.manifest.step:,} of {run} as {config['architectures'][0]}, {dtype}")
 
 

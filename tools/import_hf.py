@@ -10,7 +10,6 @@ need transformers. Families: Llama, Mistral, Qwen3, Phi (1, 1.5, 2), GPT-2.
 
 import json
 import platform
-import shutil
 import uuid
 from pathlib import Path
 
@@ -50,18 +49,12 @@ def import_folder(folder: Path, out: Path, seq_len: int | None = None) -> None:
     cfg = cfg.with_vocab(tokenizer.vocab_size)
     weights = Weights(folder, cfg, config["model_type"])
     bases = read_lineage(folder)
-    temporary = out.with_name(f".tmp-{out.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
     try:
-        temporary.mkdir(parents=True)
-        _write_checkpoint(temporary, cfg, tokenizer, weights, bases)
-        (temporary / "run.yaml").write_text(_recipe(out, cfg), encoding="utf-8")
-        temporary.rename(out)
-        durable.fsync_folder(out.parent)
+        with durable.new_folder(out) as fresh:
+            _write_checkpoint(fresh, cfg, tokenizer, weights, bases)
+            (fresh / "run.yaml").write_text(_recipe(out, cfg), encoding="utf-8")
     except OSError as error:
         raise UserError(f"{out}: cannot be written ({error}).") from None
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
     log.info(f"{out}: {config['model_type']} with {count_params(cfg):,} parameters, rows of {cfg.seq_len:,} tokens")
     log.info(f"go on training: python launch/train.py --config {out}/run.yaml --init-from {out} data.data_path=DATA")
 

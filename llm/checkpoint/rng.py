@@ -14,8 +14,11 @@ from llm.checkpoint.slices import CheckpointError
 MOST_BYTES = 1 << 20
 
 
-def rng_state() -> dict[str, Any]:
-    """States of python, numpy and torch (CPU and, where used, the current CUDA device)."""
+def rng_state(device: str = "cpu") -> dict[str, Any]:
+    """States of python, numpy and torch: on the CPU, and on `device` where that is a GPU of CUDA.
+
+    A run on the CPU leaves a GPU beside it alone, which may be full or broken.
+    """
     import torch
 
     version, python, gauss = random.getstate()
@@ -25,8 +28,8 @@ def rng_state() -> dict[str, Any]:
         "numpy": [algorithm, keys.tolist(), position, has_gauss, cached],
         "torch": _encode(torch.get_rng_state()),
     }
-    if torch.cuda.is_available():
-        state["cuda"] = _encode(torch.cuda.get_rng_state())
+    if device.startswith("cuda"):
+        state["cuda"] = _encode(torch.cuda.get_rng_state(device))
     return state
 
 

@@ -84,8 +84,7 @@ class Save:
         self._slices, self._staging = slices, staging
         nonce, short_of = self._measure()
         self._temporary = run / f".tmp-{self.final.name}-{nonce}"
-        self._rng = json.dumps(rng_state())  # now: when the writer gets to it, training has drawn from them
-        self._vote(self._outcome(lambda: self._temporary.mkdir(parents=True) if world.rank == 0 else None))
+        self._vote(self._outcome(self._prepare))
         self.is_staged = staging is not None and self._stage(short_of)
         """Whether there was memory for a copy, on all ranks; if not, `write` at once."""
 
@@ -106,6 +105,11 @@ class Save:
             room = f"the disk has {free / 1e6:,.1f} MB ({free:,} bytes) free"
             self._fail(SaveFailed, f"{self.run}: it needs {needed / 1e6:,.1f} MB ({needed:,} bytes), {room}", MAKE_ROOM)
         return measured[0][2], _short_of_memory([m[3] for m in measured if m[3]])
+
+    def _prepare(self) -> None:
+        self._rng = json.dumps(rng_state(self.world.device))  # now: when the writer gets to it, training has drawn from them
+        if self.world.rank == 0:
+            self._temporary.mkdir(parents=True)
 
     def _stage(self, short_of: str | None) -> bool:
         """Copy the slices, on all ranks or on none."""
@@ -137,7 +141,10 @@ class Save:
     def _write_and_hash(self) -> list:
         with ThreadPoolExecutor(1) as beside:  # both let go of Python's lock, and the disk is waited for anyway
             rank_hash = beside.submit(state_hash, self._slices)
-            return [self._write_files(), rank_hash.result()]
+            written = [self._write_files(), rank_hash.result()]
+        if self.is_staged:
+            self._staging.check(written[1])
+        return written
 
     @property
     def written(self) -> bool:

@@ -6,6 +6,7 @@ from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
 
+from llm import durable
 from llm.corpus.encode import Request, source_id_of
 from llm.corpus.masks import joined
 from llm.corpus.parts import ROLES, PartUnit
@@ -167,9 +168,8 @@ def emit_jsonl(folder: Path) -> None:
 
 
 def _write_ids(shard: Shard, path: Path) -> None:
-    tmp, start = path.with_name(path.name + ".tmp"), 0
-    with open(tmp, "w", encoding="ascii") as file:
+    start = 0
+    with durable.new_file(path) as fresh, open(fresh, "w", encoding="ascii") as file:
         for end in shard.doc_ends.tolist():
             file.write(json.dumps(shard.tokens(start, end).tolist()) + "\n")
             start = end
-    tmp.replace(path)

@@ -2,9 +2,9 @@
 
 import json
 from collections.abc import Callable, Iterable
-from contextlib import suppress
 from pathlib import Path
 
+from llm import durable
 from llm.corpus.column_files import pyarrow
 from llm.corpus.documents import Document
 from llm.corpus.plan import handfuls
@@ -26,18 +26,14 @@ def convert(documents: Iterable[Document], out: Path, separator: str) -> int:
 
 def write_documents(documents: Iterable[Document], out: Path, writer: Writer, separator: str = "") -> int:
     """Write them to `out`, which appears whole or not at all. Returns how many. Raises UserError, also when there is none."""
-    tmp = out.with_name(out.name + ".tmp")
     try:
         out.parent.mkdir(parents=True, exist_ok=True)
-        n_docs = writer(documents, tmp, separator)
-        if not n_docs:
-            raise UserError(f"{out}: not written, for no document is left.")
-        tmp.replace(out)
+        with durable.new_file(out) as fresh:
+            n_docs = writer(documents, fresh, separator)
+            if not n_docs:
+                raise UserError(f"{out}: not written, for no document is left.")
     except OSError as error:
         raise UserError(f"{error.filename or out}: {error.strerror or error}. Put that right, or choose another --out, and run again.") from None
-    finally:
-        with suppress(OSError):  # it is in its place, or there is no folder
-            tmp.unlink()
     return n_docs
 
 

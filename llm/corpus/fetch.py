@@ -8,6 +8,7 @@ import time
 import urllib.request
 from pathlib import Path
 
+from llm import durable
 from llm.checkpoint.hashes import file_sha256
 from llm.corpus.recipes import Recipe
 from llm.log import UserError, log
@@ -72,18 +73,19 @@ def check_file(path: Path, size: int | None, sha256: str | None) -> None:
 
 def from_address(address: str, path: Path) -> Path:
     """The file at an address, a small one: it is in memory as a whole."""
-    part = path.with_name(path.name + ".part")
     for attempt in range(TRIES):
         if path.exists():
             break
         try:
             with urllib.request.urlopen(address, timeout=60) as answer:
-                part.write_bytes(answer.read())
-            part.replace(path)
+                content = answer.read()
         except (OSError, http.client.HTTPException) as error:  # IncompleteRead is one
             if attempt + 1 == TRIES or getattr(error, "code", 500) in (403, 404):
                 raise UserError(f"{address}: cannot be fetched ({_first_line(error)}). Run again: what has come is kept.") from None
             time.sleep(FIRST_PAUSE_S * 2**attempt)
+        else:
+            durable.write_bytes(path, content)
+            path.with_name(path.name + ".part").unlink(missing_ok=True)  # of an earlier version
     return path
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llm import durable
 from llm.corpus.documents import Counts, Document
 from llm.corpus.formats import tell_formats
 from llm.corpus.options import ReadOptions
@@ -210,5 +211,6 @@ def draw(look: Look, title: str, out: Path) -> None:
     share.set_ylabel(f"share of {look.unit} in documents up to this length")
     handles = [*axes.get_legend_handles_labels()[0], *share.get_legend_handles_labels()[0]]
     figure.legend(handles=handles, loc="outside lower center", ncols=len(handles))
-    figure.savefig(out, dpi=120)
+    with durable.new_file(out) as fresh:
+        figure.savefig(fresh, dpi=120, format=out.suffix[1:] or "png")
     plt.close(figure)

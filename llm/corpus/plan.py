@@ -12,6 +12,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import NoReturn, TypeVar
 
+from llm import durable
 from llm.corpus import compressed
 from llm.corpus.formats import is_cut, is_readable, kinds, unit_borders
 from llm.corpus.options import ReadOptions
@@ -131,10 +132,8 @@ def _unpack(source: Source, work: Path) -> Source:
     key = sha256_of("unpacked", str(source.path), source.size, source.mtime_ns)[:32]
     path = work / f"{key}-{source.path.stem}"  # the name for messages
     if not path.exists():
-        tmp = path.with_name(path.name + ".tmp")
-        with compressed.opened(source.path) as stream, open(tmp, "wb") as file:
+        with durable.new_file(path) as fresh, open(fresh, "wb") as file, compressed.opened(source.path) as stream:
             shutil.copyfileobj(stream, file, 1 << 20)
-        tmp.replace(path)
     return replace(source, path=path, size=path.stat().st_size, packed=source.path)
 
 

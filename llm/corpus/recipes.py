@@ -2,7 +2,6 @@
 
 import csv
 import re
-import shutil
 import sysconfig
 from collections import defaultdict
 from collections.abc import Callable, Iterator
@@ -80,19 +79,13 @@ def write_mmlu_layout(paths: list[Path], folder: Path) -> None:
     if folder.exists():
         log.info(f"{folder}: is there already; delete it to have it written again")
         return
-    temporary = folder.with_name(f".tmp-{folder.name}")
-    shutil.rmtree(temporary, ignore_errors=True)
-    try:
+    with durable.new_folder(folder) as fresh:
         for path in paths:
             split = _MMLU_SPLITS[path.name.partition("-")[0]]
-            (temporary / split).mkdir(parents=True)
+            (fresh / split).mkdir()
             for subject, rows in _subjects(path).items():
-                with open(temporary / split / f"{subject}_{split}.csv", "w", newline="", encoding="utf-8") as file:
+                with open(fresh / split / f"{subject}_{split}.csv", "w", newline="", encoding="utf-8") as file:
                     csv.writer(file, quoting=csv.QUOTE_ALL).writerows(rows)
-        temporary.rename(folder)
-    finally:
-        shutil.rmtree(temporary, ignore_errors=True)
-    durable.fsync_folder(folder.parent)
     log.info(f"{folder}: MMLU in its own layout: python launch/evaluate_model.py RUN --tasks mmlu --mmlu {folder}")
 
 

@@ -78,7 +78,7 @@ def attention(device: str, model: ModelConfig, precision: str, is_masked: bool) 
     """The kernel that a training step takes for rows of this shape, and how far it is from attention by definition."""
     import torch
 
-    from llm.engine.attention_kernel import attention_kernel, kernels_in_order, varlen_trouble
+    from llm.engine.attention_kernel import attention_kernel, training_kernels, varlen_trouble
     from llm.model.attention import ATTENTION, eager_attention
 
     dtype, limit = (torch.bfloat16, 5e-2) if precision == "bf16" else (torch.float32, 1e-3)
@@ -86,7 +86,7 @@ def attention(device: str, model: ModelConfig, precision: str, is_masked: bool) 
     heads = (model.n_heads, model.n_kv_heads, model.n_kv_heads)
     tokens = min(model.seq_len, COMPARED)
     q, k, v = (torch.randn(1, n, tokens, model.d_head, device=device, dtype=dtype) for n in heads)
-    with kernels_in_order(device):
+    with training_kernels(model, is_masked):
         no_varlen = varlen_trouble(model, precision, device) if is_masked else ""
         kernel = attention_kernel(model, precision, device, is_masked, no_varlen)
         off = (ATTENTION[model.attention](q, k, v) - eager_attention(q.float(), k.float(), v.float())).abs().max().item()

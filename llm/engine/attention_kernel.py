@@ -1,36 +1,55 @@
-"""Which of torch's fused attention kernels is asked first, which one answers, and whether documents need a mask."""
+"""Which of torch's fused attention kernels may be taken, which one is, and whether documents need a mask."""
 
 from collections.abc import Callable, Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor
-from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.nn.attention import SDPBackend
 
 from llm.config import ModelConfig, RunConfig
 from llm.dist import World
 from llm.model import varlen
 from llm.model.attention import document_mask, sdpa_attention
 
-# torch asks flash first. On Hopper (9.0) cuDNN's is up to twice as fast by others' figures (huggingface/transformers#48163); not measured here
-HOPPER_ORDER = [SDPBackend.CUDNN_ATTENTION, SDPBackend.FLASH_ATTENTION, SDPBackend.EFFICIENT_ATTENTION, SDPBackend.MATH]
 TRIED_LENGTHS, TRIED_WINDOW = [1, 130, 61], 50  # documents within a tile of 128 keys and across two
 OFF_LIMIT = 5e-2  # bf16 keeps 8 bits; a key too many or too few moves results by more than this
 
 
 @contextmanager
-def kernels_in_order(device: str) -> Iterator[None]:
-    """For the length of training, compilation included: what is compiled has chosen its kernel by then."""
-    with sdpa_kernel(HOPPER_ORDER, set_priority=True) if is_hopper(device) else nullcontext():
+def training_kernels(cfg: ModelConfig, document_mask: bool) -> Iterator[None]:
+    """Which of torch's fused kernels training may take, compilation included.
+
+    Their order is torch's own: it asks cuDNN first on Hopper from cuDNN 9.15.1 on, before which
+    some lengths fault (pytorch/pytorch#169849). Rows with a mask do without cuDNN, whose backward
+    pass gives NaN for some lengths (pytorch/pytorch#196678). Ends what `leave_cudnn` has begun.
+    """
+    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    is_masked = document_mask or _window(cfg) is not None
+    torch.backends.cuda.enable_cudnn_sdp(was_enabled and not is_masked)
+    try:
         yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
 
 
-def is_hopper(device: str) -> bool:
-    return device.startswith("cuda") and torch.cuda.get_device_capability(device) == (9, 0)
+def leave_cudnn(cfg: RunConfig, device: str) -> bool:
+    """Have other kernels than cuDNN's compute attention from here on; False where none of it was.
+
+    Call it within `training_kernels`. What is compiled is compiled anew.
+    """
+    if not device.startswith("cuda") or cfg.model.attention == "eager":
+        return False
+    chosen = _chosen_kernel(cfg.model, cfg.engine.precision, device, is_masked=False)
+    if chosen != SDPBackend.CUDNN_ATTENTION:  # nor is it ever with a mask
+        return False
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    torch.compiler.reset()
+    return True
 
 
 def attention_kernel(cfg: ModelConfig, precision: str, device: str, is_masked: bool, no_varlen: str | None = "") -> str:
-    """The kernel that a training step of this model runs here, in words; call it within `kernels_in_order`.
+    """The kernel that a training step of this model runs here, in words; call it within `training_kernels`.
 
     `is_masked`: documents are kept apart. `no_varlen`: `varlen_trouble`, or what all ranks have agreed on.
     """
@@ -41,12 +60,17 @@ def attention_kernel(cfg: ModelConfig, precision: str, device: str, is_masked: b
     if torch.device(device).type not in ("cpu", "cuda"):
         return "sdpa"
     why = f" (not varlen_attn: {no_varlen})" if is_masked and no_varlen else ""
+    is_masked = is_masked or _window(cfg) is not None
+    name = _chosen_kernel(cfg, precision, device, is_masked).name.lower().removesuffix("_attention")
+    return f"sdpa, {name} kernel" + (", masked" if is_masked else "") + why
+
+
+def _chosen_kernel(cfg: ModelConfig, precision: str, device: str, is_masked: bool) -> SDPBackend:
+    """What torch takes for a row of this model's in training."""
     dtype, T = torch.bfloat16 if precision == "bf16" else torch.float32, cfg.seq_len
     q, k = (torch.empty(1, heads, T, cfg.d_head, dtype=dtype, device=device, requires_grad=True) for heads in (cfg.n_heads, cfg.n_kv_heads))
-    is_masked = is_masked or _window(cfg) is not None
     mask = torch.ones(1, 1, T, T, dtype=torch.bool, device=device) if is_masked else None
-    choice = torch._fused_sdp_choice(q, k, k, mask, 0.0, not is_masked, enable_gqa=cfg.n_heads != cfg.n_kv_heads)
-    return f"sdpa, {SDPBackend(choice).name.lower().removesuffix('_attention')} kernel" + (", masked" if is_masked else "") + why
+    return SDPBackend(torch._fused_sdp_choice(q, k, k, mask, 0.0, not is_masked, enable_gqa=cfg.n_heads != cfg.n_kv_heads))
 
 
 def agreed_varlen_trouble(cfg: RunConfig, world: World) -> str | None:

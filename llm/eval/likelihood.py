@@ -10,6 +10,7 @@ import torch
 from torch import Tensor
 
 from llm.log import UserError
+from llm.model.attention import without_cudnn
 from llm.model.kv_cache import KVCache
 from llm.model.transformer import Transformer
 from llm.tokenizer.protocol import Tokenizer
@@ -53,6 +54,7 @@ def windows(ids: Sequence[int], before: int, seq_len: int, stride: int) -> Itera
         start = stop
 
 
+@without_cudnn()
 @torch.inference_mode()
 def score(model: Transformer, pairs: Sequence[Pair], advance: Callable[[int], None] = lambda n: None) -> list[Score]:
     """One score for each (context ids, continuation ids). Of a context that is too long the end is used.

@@ -16,6 +16,7 @@ from llm.dist import World
 from llm.engine.protocol import model_inputs
 from llm.eval.likelihood import batch_tokens, score, windows
 from llm.log import Progress, UserError, progress
+from llm.model.attention import without_cudnn
 from llm.model.transformer import Transformer
 from llm.tokenizer.protocol import Tokenizer
 from llm.train.validate import token_byte_lengths, validate
@@ -75,6 +76,7 @@ def of_shards(
     return found | {"perplexity": _perplexity(found["loss"])}
 
 
+@without_cudnn()
 @torch.inference_mode()
 def _loss_sum(model: Transformer, batch: Batch, bar: Progress) -> tuple[float, int]:
     loss = model(**model_inputs(batch, model.device))

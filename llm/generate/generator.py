@@ -8,6 +8,7 @@ from collections.abc import Callable, Collection, Iterable, Iterator, Sequence
 import torch
 
 from llm.generate.sampling import Sampling, pick_rows
+from llm.model.attention import without_cudnn
 from llm.model.kv_cache import KVCache
 from llm.model.transformer import Transformer
 from llm.tokenizer.protocol import Tokenizer
@@ -43,7 +44,9 @@ def generate_rows(
     while unfinished:
         if cache.length + stop - start > seq_len:
             cache.length, start = 0, stop - max(1, seq_len // 2)
-        hidden_BTD = model.hidden(torch.tensor([row[start:stop] for row in rows], device=model.device), cache)
+        tokens_BT = torch.tensor([row[start:stop] for row in rows], device=model.device)
+        with without_cudnn():
+            hidden_BTD = model.hidden(tokens_BT, cache)
         if due := [r for r in unfinished if len(rows[r]) == stop]:  # the prompts of others go on
             logits_BV = model.head(hidden_BTD[due, -1])[:, : tokenizer.vocab_size]  # columns that only pad the vocabulary never win
             picked = pick_rows(logits_BV, sampling, [generators[r] for r in due], [rows[r] for r in due])

@@ -2,7 +2,8 @@
 # B rows in a batch · T tokens in a row · S keys attended to (T, or the cache length) · D model width · H query heads
 # G kv heads · K width of one head · F MLP width · V vocabulary, padded
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 
 import torch
 import torch.nn.functional as F
@@ -27,6 +28,21 @@ def sdpa_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int |
     mask = None if all_seen and T in (1, S) else _seen(T, S, q_BHTK.device, window, mask_B1TS)
     grouped = q_BHTK.shape[1] != k_BGSK.shape[1]
     return F.scaled_dot_product_attention(q_BHTK, k_BGSK, v_BGSK, mask, is_causal=mask is None and T == S, enable_gqa=grouped)
+
+
+@contextmanager
+def without_cudnn() -> Iterator[None]:
+    """Have torch's other kernels compute sdpa_attention. For the whole process, so one thread at a time.
+
+    For rows of many lengths: cuDNN makes a plan for each shape, 0.2 to 0.5 s (sgl-project/sglang#4650),
+    and with few kv heads it decodes wrongly on Blackwell (pytorch/pytorch#193893).
+    """
+    was_enabled = torch.backends.cuda.cudnn_sdp_enabled()
+    torch.backends.cuda.enable_cudnn_sdp(False)
+    try:
+        yield
+    finally:
+        torch.backends.cuda.enable_cudnn_sdp(was_enabled)
 
 
 def eager_attention(q_BHTK: Tensor, k_BGSK: Tensor, v_BGSK: Tensor, window: int | None = None, mask_B1TS: Tensor | None = None) -> Tensor:

@@ -9,6 +9,7 @@ from pathlib import Path
 import yaml
 
 import llm
+from llm import durable
 from llm.report.html import details, document, esc, images, section, table, tiles
 from llm.report.plots import draw, plots_of
 from llm.report.record import Run, differences, flat_config
@@ -24,10 +25,11 @@ def write_report(runs: list[Run], folder: Path) -> Path:
     pngs = {}
     for plot in plots_of(runs):
         pngs[f"{plot.title}, {plot.unit}"] = png = draw(plot, runs)
-        (folder / (f"{plot.name}.png" if len(runs) == 1 else f"compare-{plot.name}.png")).write_bytes(png)
+        file = f"{plot.name}.png" if len(runs) == 1 else f"compare-{plot.name}.png"
+        durable.write_bytes(folder / file, png)
     page = folder / f"{name}.html"
     text = _report(runs[0], pngs) if len(runs) == 1 else _comparison(runs, pngs)
-    page.write_text(text, encoding="utf-8", errors="replace")  # a text may hold half a character
+    durable.write_bytes(page, text.encode(errors="replace"))  # a text may hold half a character
     return page
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 import numpy as np
 
+from llm import durable
 from llm.tokenizer import byte_level
 from llm.tokenizer.fingerprint import fingerprint
 from llm.tokenizer.protocol import END_OF_TEXT, PAD, SPECIAL_TOKENS, TokenizerError
@@ -53,7 +54,7 @@ class TiktokenTokenizer:
 
     def save(self, folder: Path) -> None:
         for name, content in self._files.items():
-            (Path(folder) / name).write_bytes(content)
+            durable.write_bytes(Path(folder) / name, content)
 
     @cached_property
     def fingerprint(self) -> str:

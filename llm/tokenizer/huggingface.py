@@ -9,6 +9,7 @@ from types import MappingProxyType
 import numpy as np
 import tokenizers
 
+from llm import durable
 from llm.tokenizer import byte_level
 from llm.tokenizer.cut import CUT_CHARS, cut_text
 from llm.tokenizer.fingerprint import fingerprint, probes
@@ -68,7 +69,7 @@ class HuggingFaceTokenizer:
 
     def save(self, folder: Path) -> None:
         for name, content in {FILE: self._content, **self.companions}.items():
-            (Path(folder) / name).write_bytes(content)
+            durable.write_bytes(Path(folder) / name, content)
 
     @cached_property
     def fingerprint(self) -> str:

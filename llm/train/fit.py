@@ -1,5 +1,6 @@
 """Micro-batches that fit into memory. The rows of a step and their order stay as they are: only how they are cut changes."""
 
+import re
 from collections.abc import Callable
 from dataclasses import replace
 
@@ -17,9 +18,18 @@ class OutOfMemory(UserError):
     """A step did not fit, and this process cannot cut it smaller by itself."""
 
 
+# what has no class of its own: torch's allocator for CPUs ("can't allocate memory"), the CUDA
+# runtime and driver, Triton, NCCL ("out of memory"), cuBLAS, cuDNN and others ("..._ALLOC_FAILED")
+_OUT_OF_MEMORY = re.compile(
+    r"out of memory|can't allocate memory|cudaErrorMemoryAllocation|_ALLOC_FAILED"
+)
+
+
 def is_out_of_memory(error: BaseException) -> bool:
-    no_host_memory = isinstance(error, RuntimeError) and "can't allocate memory" in str(error)  # torch's allocator for CPUs has no class for it
-    return isinstance(error, torch.OutOfMemoryError | MemoryError) or no_host_memory
+    """Whether a smaller micro-batch may help, by whatever name a library reports that."""
+    if isinstance(error, torch.OutOfMemoryError | MemoryError):
+        return True
+    return isinstance(error, RuntimeError) and bool(_OUT_OF_MEMORY.search(str(error)))
 
 
 def fitted(cfg: RunConfig, plan: BatchPlan, world: World, engine: Engine) -> BatchPlan:
@@ -45,8 +55,7 @@ def _fits(engine: Engine, plan: BatchPlan, document_mask: bool) -> bool:
         fits = False
     else:
         return True
-    if torch.cuda.is_available():
-        torch.cuda.empty_cache()  # after the error is gone, which held the tensors
+    torch.cuda.empty_cache()  # after the error is gone, which held the tensors
     return fits
 
 
@@ -61,6 +70,7 @@ def train_step(engine: Engine, stream: Stream, world: World, drawn: int, batches
             rows, message = stream.rows, str(error).partition("\n")[0]
         if rows == 1 or world.size > 1 or not engine.drop_gradients():
             raise OutOfMemory(f"Rank {world.rank} ran out of memory with {rows} rows a micro-batch ({message}). {_ADVICE}")
+        torch.cuda.empty_cache()  # cuBLAS, cuDNN and Triton cannot use what torch's allocator keeps
         stream.rows = smaller_rows(stream.batch_rows, rows)
         log.warning(f"Out of memory with {rows} rows a micro-batch: {stream.rows} from here on, with the same global batch. {_ADVICE}")
         batches = stream.step(drawn)

@@ -123,10 +123,12 @@ class Keeper:
         return val_losses(self.run, self.validated_on, others)
 
     def close(self) -> None:
-        """Let go of a save that can be committed no more."""
+        """Let go of a save that can be committed no more, and of the memory for copies."""
         if self._saving:
             self._saving.wait()  # its thread would outlive what it uses
             self._saving = None
+        if self._staging:
+            self._staging.close()
 
     def _manifest(self, at: Progress) -> Manifest:
         return Manifest(

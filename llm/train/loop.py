@@ -13,6 +13,7 @@ from llm.config import RunConfig, interval_steps
 from llm.data.ledger import Ledger
 from llm.data.stream import Stream, chain, count_targets, step_digest
 from llm.dist import World
+from llm.engine.attention_kernel import leave_cudnn
 from llm.engine.process import collect_garbage
 from llm.engine.protocol import Engine, Update
 from llm.log import UserError, log
@@ -158,6 +159,10 @@ def train_phase(ready: Ready, stream: Stream, at: Progress) -> str:
         if why:
             tell(ERROR, f"step {at.step + 1:,}: {why}, so the update was not applied on any rank; its samples are noted as skipped.")
             metrics.fault(at.step + 1, "skipped", why)
+            is_spike = math.isfinite(update.loss) and guard.why_not(update.loss) is not None
+            if refused >= REFUSED_IN_A_ROW and not is_spike and any(world.gather(leave_cudnn(cfg, world.device))):
+                tell(WARNING, f"{refused} updates in a row were not finite: attention goes on with other kernels than cuDNN's.")
+                refused = 0
             if refused >= REFUSED_IN_A_ROW:
                 break
         rows = min(plan.global_rows, phase.total - drawn)

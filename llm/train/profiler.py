@@ -1,7 +1,11 @@
 """Where the time of a few steps goes (log.profile): a trace for chrome://tracing or ui.perfetto.dev, and a table. It changes no number."""
 
+import gzip
+import shutil
 from pathlib import Path
+from tempfile import TemporaryDirectory
 
+from llm import durable
 from llm.log import log, result
 
 ROWS = 10
@@ -45,9 +49,9 @@ class StepProfiler:
             return
         trace = self._folder / f"profile-{self._began}-{self._done}.json.gz"
         try:
-            running.export_chrome_trace(str(trace))
+            _write_trace(running, trace)
             table = self._table(running)
-            trace.with_name(trace.name.replace(".json.gz", ".txt")).write_text(table + "\n", encoding="utf-8")
+            durable.write_text(trace.with_name(trace.name.replace(".json.gz", ".txt")), table + "\n")
         except (OSError, RuntimeError) as error:  # training must not end for want of a picture of it
             log.warning(f"{trace}: cannot be written ({error}). Training goes on.")
         else:
@@ -61,3 +65,11 @@ class StepProfiler:
         head = f"steps {self._began} to {self._done}: {whole / 1e6:.3f} s of {'GPU' if self._on_gpu else 'CPU'} time, by operation"
         rows = [f"  {us / max(1, whole):6.1%}  {us / 1e6:9.3f} s  {calls:8,} calls  {name}" for us, calls, name in sorted(spent, reverse=True)[:ROWS]]
         return "\n".join([head, *rows])
+
+
+def _write_trace(running, path: Path) -> None:
+    """A .json.gz, as torch would write it by itself, but whole or not at all."""
+    with TemporaryDirectory() as folder:
+        running.export_chrome_trace(f"{folder}/trace.json")
+        with open(f"{folder}/trace.json", "rb") as plain, durable.new_file(path) as fresh, gzip.open(fresh, "wb") as packed:
+            shutil.copyfileobj(plain, packed)

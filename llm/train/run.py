@@ -16,7 +16,7 @@ from llm.data.shards import Shard
 from llm.data.stream import Stream, eval_batches
 from llm.dist import World, is_restarted
 from llm.engine import Engine, process
-from llm.engine.attention_kernel import attention_kernel, kernels_in_order
+from llm.engine.attention_kernel import attention_kernel, training_kernels
 from llm.engine.protocol import autocast
 from llm.log import log, result, route_output
 from llm.model.flops import count_params
@@ -91,7 +91,7 @@ def _guarded(cfg: RunConfig, world: World) -> Iterator[Guards]:
     stop, lock, note = StopFlag(world.rank), RunLock(cfg.run_folder), ExitNote(cfg.log_folder, world)
     watchdog = Watchdog(cfg.train.hang_timeout_s, world.rank, note.write)
     try:
-        with process.settled(world.device, cfg.engine.keep_memory), kernels_in_order(world.device):
+        with process.settled(world.device, cfg.engine.keep_memory), training_kernels(cfg.model, cfg.data.document_mask):
             yield Guards(stop, lock, note, watchdog)
     except Exception as error:
         if lost := note.failed(error):

@@ -7,23 +7,72 @@ import torch
 from engine_cases import make_engine, run_config
 from ranks import run_ranks
 from torch._dynamo.testing import CompileCounterWithBackend
+from torch.nn.attention import SDPBackend
 from varlen_stand_in import attend, stand_in
 
 from llm.config import ModelConfig, RunConfig
 from llm.dist import World
-from llm.engine.attention_kernel import HOPPER_ORDER, OFF_LIMIT, agreed_varlen_trouble, attention_kernel, kernels_in_order, varlen_off, varlen_trouble
-from llm.model.attention import sdpa_attention
+from llm.engine.attention_kernel import OFF_LIMIT, agreed_varlen_trouble, attention_kernel, leave_cudnn, training_kernels, varlen_off, varlen_trouble
+from llm.model.attention import sdpa_attention, without_cudnn
 
 CFG = ModelConfig(n_layers=1, d_model=32, n_heads=4, n_kv_heads=2, d_ff=8, seq_len=16, vocab_size=8)
 
 
-@pytest.mark.parametrize(("capability", "is_changed"), [((9, 0), True), ((8, 0), False)])
-def test_cudnn_is_asked_first_on_hopper_only_and_afterwards_all_is_as_before(capability, is_changed):
-    before = torch._C._get_sdp_priority_order()
-    with mock.patch("torch.cuda.get_device_capability", lambda device: capability), kernels_in_order("cuda:0"):
-        order = torch._C._get_sdp_priority_order()
-    assert (order[0] == HOPPER_ORDER[0].value) == is_changed == (order != before)
-    assert torch._C._get_sdp_priority_order() == before
+def enabled() -> list:
+    """torch's fused kernels as they may be taken now, in order."""
+    return torch.nn.attention._cur_sdpa_kernel_backends(with_priority=True)
+
+
+ALL = enabled()
+WITHOUT_CUDNN = [kernel for kernel in ALL if kernel != SDPBackend.CUDNN_ATTENTION]
+
+
+@pytest.mark.parametrize(("change", "document_mask", "kernels"), [
+    ({}, False, ALL),
+    ({}, True, WITHOUT_CUDNN),
+    ({"sliding_window": 4}, False, WITHOUT_CUDNN),
+    ({"sliding_window": 16}, False, ALL),  # as long as a row: no mask
+    ({"attention": "eager"}, False, ALL),
+])  # fmt: skip
+@pytest.mark.parametrize("capability", [(8, 0), (9, 0), (10, 0)])
+def test_the_order_of_kernels_is_torchs_and_rows_with_a_mask_do_without_cudnn(change, document_mask, kernels, capability):
+    assert len(WITHOUT_CUDNN) == len(ALL) - 1 >= 3
+    with mock.patch("torch.cuda.get_device_capability", lambda device: capability), training_kernels(CFG.model_copy(update=change), document_mask):
+        assert enabled() == kernels
+        with pytest.raises(ValueError), without_cudnn():
+            assert enabled() == WITHOUT_CUDNN
+            raise ValueError
+        assert enabled() == kernels
+    assert enabled() == ALL
+
+
+@pytest.mark.parametrize(("device", "change", "choice", "leaves"), [
+    ("cuda:0", {}, SDPBackend.CUDNN_ATTENTION, True),
+    ("cuda:0", {}, SDPBackend.FLASH_ATTENTION, False),
+    ("cuda:0", {"attention": "eager"}, SDPBackend.CUDNN_ATTENTION, False),
+    ("cpu", {}, SDPBackend.CUDNN_ATTENTION, False),
+])  # fmt: skip
+def test_cudnn_is_left_where_it_is_in_use_for_as_long_as_training_lasts(monkeypatch, device, change, choice, leaves):
+    cfg = run_config(World(), {})
+    cfg = cfg.model_copy(update={"model": cfg.model.model_copy(update=change)})
+    fused_choice = mock.Mock(side_effect=[choice.value, SDPBackend.FLASH_ATTENTION.value])
+    monkeypatch.setattr(torch, "_fused_sdp_choice", fused_choice)
+    monkeypatch.setattr(torch, "empty", lambda *shape, **_: torch.zeros(*shape))
+    with training_kernels(cfg.model, False):
+        assert leave_cudnn(cfg, device) == leaves
+        assert enabled() == (WITHOUT_CUDNN if leaves else ALL)
+        assert not leave_cudnn(cfg, device)
+    assert enabled() == ALL
+
+
+def test_code_that_was_compiled_is_compiled_anew_when_cudnn_is_left():
+    cfg, graphs = run_config(World(), {}), CompileCounterWithBackend("eager")
+    double = torch.compile(lambda x: 2 * x, backend=graphs)
+    with training_kernels(cfg.model, False), mock.patch("llm.engine.attention_kernel._chosen_kernel", lambda *_, **__: SDPBackend.CUDNN_ATTENTION):
+        double(torch.ones(3))
+        assert graphs.frame_count == 1 and leave_cudnn(cfg, "cuda:0")
+        double(torch.ones(3))
+    assert graphs.frame_count == 2
 
 
 @pytest.mark.parametrize(("change", "is_masked", "told"), [

@@ -1,7 +1,10 @@
 import pytest
 import torch
+import torch.nn.functional as F
 
 from llm.config import ModelConfig
+from llm.eval import perplexity
+from llm.eval.likelihood import score
 from llm.generate.generator import generate_rows, prompt_ids, stream_text
 from llm.generate.sampling import Sampling
 from llm.model.init import build_model
@@ -33,6 +36,36 @@ def test_greedy_text_is_what_the_full_forward_finds_likeliest(tokenizer):
         assert chosen == model(torch.tensor([ids]))[0, -1, : tokenizer.vocab_size].argmax()
         ids.append(chosen)
     assert len(new) == 13
+
+
+@pytest.fixture
+def cudnn_seen(monkeypatch) -> list[bool]:
+    """Whether cuDNN might have computed each call of attention."""
+    seen, attention = [], F.scaled_dot_product_attention
+
+    def watched(*args, **kwargs):
+        seen.append(torch.backends.cuda.cudnn_sdp_enabled())
+        return attention(*args, **kwargs)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", watched)
+    return seen
+
+
+def test_text_is_written_without_cudnn_whose_plans_are_for_one_length_and_between_tokens_all_is_as_before(tokenizer, cudnn_seen):
+    model = little_model(tokenizer)
+    rows = generate_rows(model, tokenizer, [[1, 2, 3], [4]], max_tokens=5, sampling=GREEDY, seed=1)
+    assert [torch.backends.cuda.cudnn_sdp_enabled() for _ in rows] == [True] * 10
+    assert len(cudnn_seen) == 2 * 7 and not any(cudnn_seen)
+    model(torch.tensor([[1, 2, 3]]))
+    assert cudnn_seen[-2:] == [True, True]  # as in training
+
+
+def test_answers_are_scored_without_cudnn(tokenizer, cudnn_seen):
+    model = little_model(tokenizer)
+    score(model, [([1, 2, 3], [4]), ([1, 2, 3, 5], [6, 7]), ([9], [1])])
+    perplexity.text_sums(model, tokenizer, ["some text", "more than a row of text"])
+    assert len(cudnn_seen) >= 6 and not any(cudnn_seen)
+    assert torch.backends.cuda.cudnn_sdp_enabled()
 
 
 @torch.no_grad()

@@ -12,7 +12,7 @@ from llm.batch_plan import batch_plan, smaller_rows
 from llm.config import ConfigError, load_config
 from llm.dist import World
 from llm.engine.torch_engine import TorchEngine
-from llm.train.fit import OutOfMemory, fitted
+from llm.train.fit import OutOfMemory, fitted, is_out_of_memory
 
 
 def memory_for(rows: int, error: BaseException, spared: int = 0):
@@ -31,9 +31,45 @@ def memory_for(rows: int, error: BaseException, spared: int = 0):
 ERRORS = {
     "cuda": lambda: torch.OutOfMemoryError("CUDA out of memory"),
     "host": MemoryError,
+    "cublas": lambda: RuntimeError("CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`"),
     "torch on a cpu": lambda: RuntimeError("can't allocate memory: 8 bytes"),
     "another": lambda: RuntimeError("another"),
 }
+
+
+NAMES = [
+    torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB"),
+    torch.AcceleratorError("CUDA error: out of memory"),
+    MemoryError(),
+    *map(RuntimeError, (
+        "[enforce fail at alloc_cpu.cpp:117] err == 0. DefaultCPUAllocator: can't allocate memory: you tried to allocate 8 bytes",
+        "CUDA error: CUBLAS_STATUS_ALLOC_FAILED when calling `cublasCreate(handle)`",
+        "cuDNN error: CUDNN_STATUS_ALLOC_FAILED",
+        "cuDNN Frontend error: [cudnn_frontend] Error: CUDNN_STATUS_ALLOC_FAILED",
+        "cusolver error: CUSOLVER_STATUS_ALLOC_FAILED, when calling `cusolverDnCreate(handle)`",
+        "Triton Error [CUDA]: out of memory",
+        "CUDA driver error: out of memory",
+        "NCCL Error 1: unhandled cuda error (cuda error 2 'out of memory')",
+        "MPS backend out of memory (MPS allocated: 1 GB)",
+        "HIP out of memory. Tried to allocate 2.00 GiB",
+        "CUDA error: cudaErrorMemoryAllocation",
+    )),
+]  # fmt: skip
+OTHERS = [
+    ValueError("out of memory"),
+    *map(RuntimeError, (
+        "CUDA error: an illegal memory access was encountered",
+        "CUDA error: CUBLAS_STATUS_EXECUTION_FAILED when calling `cublasGemmEx`",
+        "out of resource: shared memory, Required: 262144, Hardware limit: 232448",
+        "Connection closed by peer",
+        "unable to open shared memory object </torch_1> in read-write mode: Too many open files",
+    )),
+]  # fmt: skip
+
+
+def test_out_of_memory_is_known_by_every_name_and_nothing_else_is_taken_for_it():
+    assert [str(error) for error in NAMES if not is_out_of_memory(error)] == []
+    assert [str(error) for error in OTHERS if is_out_of_memory(error)] == []
 
 
 def train(world, config: str, memory: int | None, error: str, spared: int) -> dict:
@@ -52,7 +88,7 @@ def run_of(root, rows, memory: int | None = None, error: str = "cuda", spared: i
     return run_ranks(train, 1, root, config, memory, error, spared)[0]  # in a process of its own, because a run takes over the output
 
 
-@pytest.mark.parametrize("error", ["cuda", "host", "torch on a cpu"])
+@pytest.mark.parametrize("error", ["cuda", "cublas", "host", "torch on a cpu"])
 def test_after_running_out_of_memory_the_run_is_that_of_the_smaller_micro_batch(tmp_path, error):
     small = run_of(tmp_path / "small", 2, batch_tokens=8 * SEQ_LEN)
     # in the second micro-batch of the first step, when the first one has left its gradients

@@ -6,6 +6,7 @@ import os
 from pathlib import Path
 
 import pytest
+import spoil as spoil_module
 from little_run import add_shard, make_run, sit
 from ranks import run_ranks
 from spoil import FAULTS, spoil
@@ -17,6 +18,7 @@ from llm.checkpoint.resume import damage
 from llm.checkpoint.slices import SliceReader
 from llm.cli import NEEDS_A_PERSON
 from llm.config import load_config
+from llm.train import loop
 from llm.train.guard import SpikeGuard, refused_in_a_row
 
 STAGES = [0, 1, 2, 3] if os.environ.get("TORTURE") else [0, 2]
@@ -157,6 +159,34 @@ def test_nothing_that_is_not_finite_is_ever_published(bad):
         assert damage(path, manifest) is None
         reader = SliceReader(path, manifest.shapes, [f.model_dump() for f in manifest.files])
         assert all(reader.read_full(name, kind).isfinite().all() for name, _ in manifest.shapes for kind in ("fp32", "exp_avg", "exp_avg_sq"))
+
+
+# ------------------------------------------------------------------ before the rate is blamed, another kernel
+
+
+def with_other_kernels(world, cases: list) -> list[dict]:
+    """Runs whose numbers go bad in some steps, where cuDNN is left (True) or was not in use, each time that this is asked."""
+    FAULTS["loss_is_nan"] = lambda engine, *_: spoil_module._scale_loss(engine, math.nan)
+    runs = []
+    for config, fault, steps, answers, settings in cases:
+        left = iter(answers)
+        loop.leave_cudnn = lambda cfg, device, left=left: next(left)
+        told = spoil(world, config, ["eval_every=0", "async_save=false", *settings], fault, steps)
+        runs.append(told | {"not_asked": len(list(left))})
+    return runs
+
+
+def test_three_steps_that_are_not_finite_change_the_kernel_and_three_more_end_the_run(tmp_path):
+    cases = [("loss_is_nan", [3, 4, 5], [True], []), ("loss_is_nan", list(range(3, 9)), [True, False], [])]
+    if os.environ.get("TORTURE"):
+        cases.append(("loss_times_100", [34, 35, 36], [True], ["spike_window=32", "epochs=4"]))
+    (runs,) = run_ranks(with_other_kernels, 1, tmp_path, [(str(make_run(tmp_path / str(i))), *case) for i, case in enumerate(cases)])
+    passes, fails, *spikes = runs
+    assert [int(step) for step, applied in passes["applied"].items() if not applied] == [3, 4, 5] and passes["step"] == 10
+    assert [s["step"] for s in passes["ledger"]["phases"][0]["skipped"]] == [3, 4, 5]
+    assert fails["code"] == NEEDS_A_PERSON and max(map(int, fails["applied"])) == 8
+    assert [(run["code"], max(map(int, run["applied"]))) for run in spikes] == [(NEEDS_A_PERSON, 36)] * len(spikes)
+    assert [run["not_asked"] for run in runs] == [0, 0, 1][: len(runs)]  # a spike is no matter of the kernel
 
 
 # ------------------------------------------------------------------ a spike, and a resume
