@@ -167,7 +167,7 @@ GROWING = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 def test_gpu_memory_grows_in_place_unless_the_person_has_set_how(monkeypatch, gpu, own):
     os.environ.update(own)
     assert pick_device("auto", World()) == "cuda:0"
-    monkeypatch.setattr("torch.distributed.init_process_group", mock.Mock(side_effect=ConnectionError))  # when the GPU has been chosen
+    monkeypatch.setattr("llm.dist._meet", mock.Mock(side_effect=ConnectionError))  # when the GPU has been chosen
     os.environ.pop("PYTORCH_ALLOC_CONF", None)
     os.environ.update(own)
     with pytest.raises(ConnectionError):

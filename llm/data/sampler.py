@@ -61,6 +61,13 @@ class Windows:
             found[row] = np.searchsorted(ends, np.arange(self.seq_len), side="right")
         return found
 
+    def lengths(self, numbers: np.ndarray) -> np.ndarray:
+        """How many of the seq_len input tokens of these windows are text and no padding, int64[R]; -1 has none."""
+        found = np.zeros(len(numbers), np.int64)
+        for row, _, pieces in self._pieces_of_rows(numbers):
+            found[row] = min(self.seq_len, sum(stop - start for start, stop in pieces))
+        return found
+
     def _pieces_of_rows(self, numbers: np.ndarray) -> Iterator[tuple[int, Shard, list[tuple[int, int]]]]:
         """(row, shard, its [start, stop) of tokens) of each number that is not -1."""
         shard_of = np.searchsorted(self._ends, numbers, side="right")

@@ -1,6 +1,5 @@
 """Tasks that are measured while a run trains. llm.train calls `Tasks.measure` and knows nothing of what is in it."""
 
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -47,14 +46,8 @@ def read_tasks(cfg: EvalConfig, world: World) -> Tasks:
     """All that eval.tasks needs, read before the first step. Collective. Raises UserError on every rank."""
     tasks = world.together(lambda: _read(cfg))
     content = [[subject.digest for subject in tasks.subjects], tasks.texts]
-    digests = world.gather(hashlib.sha256(json.dumps(content).encode()).hexdigest())
-    world.together(lambda: _check_same(digests))
+    world.refuse_differences("what eval.mmlu and eval.texts hold", json.dumps(content))
     return tasks
-
-
-def _check_same(digests: list[str]) -> None:
-    if odd := [rank for rank, other in enumerate(digests) if other != digests[0]]:
-        raise ConfigError(f"eval.mmlu or eval.texts holds other data on rank {odd[0]} than on rank 0. Give every machine the same files.")
 
 
 def _read(cfg: EvalConfig) -> Tasks:

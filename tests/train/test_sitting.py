@@ -162,6 +162,7 @@ def fill_the_disk_under_tensorboard(world: World, config: str) -> str:
     cfg = load_config(config, ["tensorboard=true", "vocab_size=2048"])
     cfg.log_folder.mkdir(parents=True)
     metrics = Metrics(cfg, world, Sitting(0.0), DatasetTokens({}))
+    metrics.start(0, {"config": {}})
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
     metrics.page("a", "text", 1)
     metrics.close()
@@ -173,13 +174,13 @@ def test_a_disk_that_is_full_ends_tensorboard_and_not_training(tmp_path):
 
 
 def tell_many_steps_on_rank_1(world: World, config: str) -> int:
-    from llm.train.metrics import Metrics
+    from llm.train.metrics import Metrics, StepRecord
 
     if world.rank == 0:
         return 0
     metrics = Metrics(load_config(config, ["vocab_size=2048"]), world, Sitting(0.0), DatasetTokens({}))
     for step in range(100):
-        metrics.step(step, None, loss=1.0, lr=1.0, grad_norm=1.0, tokens=1, seconds=1.0, data_wait_s=0.0)
+        metrics.step(step, None, StepRecord(1.0, 1.0, 1.0, targets=1, tokens=1, seconds=1.0, data_wait_s=0.0))
     return len(metrics._window)
 
 
@@ -195,5 +196,5 @@ def with_another_rate_on_rank_1(world: World, config: str) -> str:
 def test_ranks_that_were_started_with_other_settings_are_refused_together(tmp_path):
     config = make_run(tmp_path)
     told = run_ranks(with_another_rate_on_rank_1, 2, tmp_path, str(config))
-    assert told == ["ConfigError: train.lr is 0.01 on rank 0, but 0.5 on rank 1. Start all ranks with one config."] * 2
+    assert told == ["ConfigError: train.lr is 0.01 on rank 0, but 0.5 on rank 1. Start all ranks with one config and one command."] * 2
     assert not run_of(config).exists()
