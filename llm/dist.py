@@ -138,7 +138,8 @@ class World:
         for rank, (digest, host) in enumerate(of_ranks):
             if digest != of_ranks[0][0]:
                 error = UserError(
-                    f"{what} on rank {rank} (host {host}) is not what it is on rank 0 (host {of_ranks[0][1]}). Give every host the same."
+                    f"{what}: other content on rank {rank} (host {host}) than on rank 0 (host {of_ranks[0][1]}). Give every host the "
+                    f"same files."
                 )
                 self.together(lambda error=error: _raise(error))
 

@@ -25,7 +25,7 @@ def open_shards(cfg: RunConfig, tokenizer: Tokenizer, world: World) -> tuple[dic
 
     train, val = world.together(open_all)
     by_role = [{name: _ids(found) for name, found in train.items()}, _ids(val)]
-    world.refuse_differences("data.data_path: the shards that lie there", json.dumps(by_role, sort_keys=True))
+    world.refuse_differences("data.data_path", json.dumps(by_role, sort_keys=True))
     return train, val
 
 

@@ -11,7 +11,7 @@ from llm.batch_plan import BatchPlan
 from llm.checkpoint.saver import Fenced, SaveFailed
 from llm.config import RunConfig, interval_steps
 from llm.data.ledger import Ledger
-from llm.data.stream import Stream, chain, count_targets, count_tokens, step_digest
+from llm.data.stream import Batch, Stream, chain, count_targets, count_tokens, step_digest
 from llm.dist import World
 from llm.engine.process import collect_garbage
 from llm.engine.protocol import Engine, Update
@@ -145,7 +145,7 @@ def train_phase(ready: Ready, stream: Stream, at: Progress) -> str:
         batches = alone(stream.step, drawn) or []  # a damaged shard, say, is known to all before any of them computes
         data_wait_s = time.perf_counter() - started_at
         wants_stop = bool(stop) or (world.rank == 0 and sitting.over() is not None)  # one clock decides
-        counts = [count_targets(batches), count_tokens(batches), step_digest(batches)]
+        counts = alone(counts_of, batches) or [0, 0, 0]
         states = [int(wants_stop), int(problem is not None), int(keeper.written)]
         summed = world.sum_ints([*counts, *states, *stragglers.numbers()])
         n_targets, n_tokens, digest, stops, problems, ranks_written, *times = summed
@@ -221,6 +221,11 @@ def train_phase(ready: Ready, stream: Stream, at: Progress) -> str:
         return "budget spent"
     asked = next((name for name in world.gather(stop.signal_name) if name), None)
     return asked or world.broadcast(sitting.over())
+
+
+def counts_of(batches: list[Batch]) -> list[int]:
+    """Targets that count, tokens of text, and the digest of what is fed: to be summed over ranks."""
+    return [count_targets(batches), count_tokens(batches), step_digest(batches)]
 
 
 def reraise(problem: Exception | None) -> None:

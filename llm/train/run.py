@@ -147,7 +147,7 @@ def _prepare(found: Found, ledger: Ledger, options: Options, measure: Measure | 
     source = world.together(lambda: open_source(options.init_from, cfg, tokenizer) if checkpoint is None else None)
     world.refuse_differences(f"--init-from {options.init_from}", file_sha256(source.folder / NAME) if source else "")
     template = world.together(lambda: run_template(found.train_shards, checkpoint, source, options.accept_change))
-    world.refuse_differences("data.data_path: the template of its conversations", json.dumps(template, sort_keys=True))
+    world.refuse_differences("data.data_path, the template of its conversations", json.dumps(template, sort_keys=True))
 
     world.on_rank_0(lambda: make_folders(cfg, guards.lock, options.fresh))
     world.together(lambda: open_rank_log(cfg, world.rank))
