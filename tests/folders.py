@@ -59,9 +59,9 @@ def _script(rank: int, size: int, root: str, words: list[str], output: str, meet
     out = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1), os.dup2(out, 2)
     if size > 1:
-        os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": str(rank)} | meeting)
+        os.environ.update({"RANK": str(rank), "WORLD_SIZE": str(size), "LOCAL_RANK": "0"} | meeting)
     os.chdir(host(Path(root), rank))
-    sys.path.insert(0, str(Path(__file__).parents[2] / "launch"))
+    sys.path.insert(0, str(Path(__file__).parents[1] / "launch"))
     sys.argv = ["train.py", *words]
     import train as script
 
