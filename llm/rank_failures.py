@@ -1,7 +1,8 @@
-"""What ends one rank ends all, with one exit code and one message: the rank that fails posts why in the store that all ranks share.
+"""What ends one rank ends all, with one exit code and one message.
 
-A collective cannot tell: it waits for a rank that will never come, or sees a connection close. So each rank looks into the store twice
-a second. It leaves with the posted exit code, by itself where it can, and at once where it is stuck in native code.
+The rank that fails posts why in the store that all ranks share. A collective cannot tell: it waits for a rank that
+will never come, or sees a connection close. So each rank looks into the store twice a second, and leaves with the
+posted exit code: by itself where it can, from a thread where it is stuck in native code.
 """
 
 import json
@@ -15,7 +16,9 @@ from typing import Any
 from llm.log import UserError, log, terminal
 
 LOOK_EVERY_S = 0.5
-LEAVE_WITHIN_S = 5.0  # once a failure is known: a rank that is not stuck has closed its files by then
+LEAVE_WITHIN_S = (
+    5.0  # once a failure is known: a rank that is not stuck has closed its files by then
+)
 _FIRST = "failure"
 
 
@@ -28,7 +31,7 @@ class RankFailed(UserError):
 
 
 def in_words(rank: int, error: BaseException) -> str:
-    """A mistake of the user's as it stands; of a crash the rank and the class too, for its traceback is elsewhere."""
+    """A mistake of the user's as it stands; of a crash rank and class too, for its traceback is elsewhere."""
     if isinstance(error, UserError):
         return str(error)
     return f"rank {rank} failed: {type(error).__name__}: {str(error).rstrip('.')}. Its log has the traceback."
@@ -47,7 +50,10 @@ class Failures:
         self._thread.start()
 
     def post(self, error: BaseException) -> RankFailed | None:
-        """Tell the other ranks of an error that ends this one. Returns another rank's failure where that was first, to be raised instead."""
+        """Tell the other ranks of an error that ends this one.
+
+        Returns another rank's failure where that was first, to be raised instead.
+        """
         with suppress(Exception):  # the store is rank 0's, which may be gone
             if self._store.add("failures", 1) == 1:
                 code = error.exit_code if isinstance(error, UserError) else 1
@@ -67,7 +73,10 @@ class Failures:
         return failed
 
     def wait_until_known(self) -> bool:
-        """Wait until every other rank knows this one's failure, or is not there to know it. Returns whether rank 0 does, which prints it."""
+        """Wait until every other rank knows this one's failure, for some seconds at most.
+
+        Returns whether rank 0 does, which then prints it.
+        """
         others = [f"known-{rank}" for rank in range(self._size) if rank != self._rank]
         with suppress(Exception):
             give_up_at = time.monotonic() + LEAVE_WITHIN_S

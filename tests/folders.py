@@ -33,9 +33,23 @@ class Ranks:
 
     def __init__(self, root: Path, words: list[list], before=None, env: dict | None = None):
         """`before(rank, root)`, a module-level function, prepares the process: it may put a fault into the program."""
-        self.root, self.meeting = root, env or {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+        self.root, self.meeting = (
+            root,
+            env or {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())},
+        )
         self.outputs = [root / f"out-{rank}-{time.monotonic_ns()}" for rank in range(len(words))]
-        arguments = [(r, len(words), str(root), [str(w) for w in words[r]], str(self.outputs[r]), self.meeting, before) for r in range(len(words))]
+        arguments = [
+            (
+                r,
+                len(words),
+                str(root),
+                [str(w) for w in words[r]],
+                str(self.outputs[r]),
+                self.meeting,
+                before,
+            )
+            for r in range(len(words))
+        ]
         self.processes = [fork(_script, *each) for each in arguments]
 
     def ended(self, limit_s: float = LIMIT_S) -> Ended:
@@ -46,7 +60,10 @@ class Ranks:
         for process in self.processes:
             process.kill()
             process.join()
-        return Ended(codes, [path.read_text(errors="replace") if path.exists() else "" for path in self.outputs])
+        return Ended(
+            codes,
+            [path.read_text(errors="replace") if path.exists() else "" for path in self.outputs],
+        )
 
 
 def free_port() -> int:
@@ -55,7 +72,9 @@ def free_port() -> int:
         return taken.getsockname()[1]
 
 
-def _script(rank: int, size: int, root: str, words: list[str], output: str, meeting: dict, before) -> None:
+def _script(
+    rank: int, size: int, root: str, words: list[str], output: str, meeting: dict, before
+) -> None:
     out = os.open(output, os.O_WRONLY | os.O_CREAT | os.O_APPEND)
     os.dup2(out, 1), os.dup2(out, 2)
     if size > 1:

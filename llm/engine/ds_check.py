@@ -1,4 +1,7 @@
-"""What DeepSpeed would not understand in a JSON of the user's, before it is handed over. Most unknown keys it leaves out without a word."""
+"""What DeepSpeed would not understand in a JSON of the user's, told before it is handed over.
+
+Most keys that it does not know it leaves out without a word.
+"""
 
 import difflib
 import traceback
@@ -13,7 +16,12 @@ class _Asked(dict):
     """A mapping that remembers which keys it was asked for: those that DeepSpeed knows."""
 
     def __init__(self, tree: dict):
-        super().__init__({key: _Asked(value) if isinstance(value, dict) else value for key, value in tree.items()})
+        super().__init__(
+            {
+                key: _Asked(value) if isinstance(value, dict) else value
+                for key, value in tree.items()
+            }
+        )
         self.asked: set[str] = set()
 
     def get(self, key, default=None):
@@ -25,7 +33,9 @@ class _Asked(dict):
         return super().__getitem__(key)
 
     def __iter__(self):
-        return super().__iter__()  # with one of its own, `**` asks for each key, and does not copy past __getitem__
+        return (
+            super().__iter__()
+        )  # with one of its own, `**` asks for each key, and does not copy past __getitem__
 
     def __contains__(self, key):
         self.asked.add(key)
@@ -33,7 +43,7 @@ class _Asked(dict):
 
 
 def check_ds_config(cfg: RunConfig, world: World, n_params: int) -> None:
-    """Raise EngineError, the same on every rank, when ranks have different files or DeepSpeed does not take them. Collective."""
+    """Raise UserError, the same on every rank, when ranks have different files or DeepSpeed refuses them. Collective."""
     path = ds_config_path(cfg.engine)
     given = world.together(lambda: read_ds_config(cfg.engine))
     world.refuse_differences(f"engine.ds_config {path}", repr(given))
@@ -45,7 +55,9 @@ def _check(given: dict, cfg: RunConfig, world: World, n_params: int, where: str)
 
     config = _Asked(complete(given, cfg, world, n_params, where))
     deepspeed = import_deepspeed(world)
-    deepspeed.init_distributed(verbose=False, dist_init_required=False)  # its config asks for the number of ranks
+    deepspeed.init_distributed(
+        verbose=False, dist_init_required=False
+    )  # its config asks for the number of ranks
     try:
         deepspeed.runtime.config.DeepSpeedConfig(config)
     except Exception as error:
@@ -53,15 +65,23 @@ def _check(given: dict, cfg: RunConfig, world: World, n_params: int, where: str)
         raise
     if unknown := list(_unknown(given, config)):
         lines = "\n".join(f"  - {line}" for line in unknown)
-        raise EngineError(f"{where} has keys that DeepSpeed {deepspeed.__version__} does not know, and would leave out:\n{lines}")
+        raise EngineError(
+            f"{where} has keys that DeepSpeed {deepspeed.__version__} does not know, and would leave out:\n{lines}"
+        )
 
 
 def refuse_if_its_word(error: Exception, given: dict, where: str) -> None:
-    """Raise EngineError where `error` is how DeepSpeed says that it does not take the config `given`, read from `where`."""
+    """Raise EngineError where `error` is how DeepSpeed refuses the config `given`, which was read from `where`."""
     import deepspeed
 
     # pydantic's error is a ValueError
-    its_own = deepspeed.runtime.config.DeepSpeedConfigError, ValueError, AssertionError, TypeError, NotImplementedError
+    its_own = (
+        deepspeed.runtime.config.DeepSpeedConfigError,
+        ValueError,
+        AssertionError,
+        TypeError,
+        NotImplementedError,
+    )
     if isinstance(error, its_own) or type(error) is Exception:
         words = _in_words(error, given)
         raise EngineError(f"DeepSpeed {deepspeed.__version__} refuses {where}: {words}") from None
@@ -82,7 +102,9 @@ def _in_words(error: Exception, given: dict) -> str:
         key = ".".join(map(str, problem["loc"]))
         path = next((p for p in paths if f".{p}".endswith(f".{key}")), key)
         if problem["type"] == "extra_forbidden":
-            told.append(f"it does not know the key {path}.{_did_you_mean(key.rpartition('.')[2], known)}")
+            told.append(
+                f"it does not know the key {path}.{_did_you_mean(key.rpartition('.')[2], known)}"
+            )
         else:
             told.append(f"{path} is {problem['input']!r}: {problem['msg']}.")
     return " ".join(told)
@@ -93,9 +115,11 @@ def _below(model: type) -> list[type]:
 
 
 def _unknown(given: dict, config: _Asked, prefix: str = ""):
-    """A line for each key of `given` that nobody has asked for. Where pydantic has, it refuses those that it does not know."""
+    """A line for each key of `given` that nobody has asked for. pydantic asks for all, and refuses by itself."""
     for key, value in given.items():
-        if key.startswith("_") or key not in dict.keys(config):  # a comment, or taken out by `complete`
+        if key.startswith("_") or key not in dict.keys(
+            config
+        ):  # a comment, or taken out by `complete`
             continue
         if key not in config.asked:
             yield f"{prefix}{key}.{_did_you_mean(key, sorted(config.asked))}"

@@ -1,8 +1,8 @@
 """How a sitting ended, for whoever starts the next one: exit codes, exit.json, and an end to retrying what never gets anywhere.
 
-  0   the sitting is over, or the run is       2  the user's mistake: no retry helps
-  75  a hang or a lost rank: retry             3  training cannot go on by itself (numbers gone bad, no room to save, no progress)
-  1   a crash: a retry may help                128 + n  ended by signal n
+0   the sitting is over, or the run is       2  the user's mistake: no retry helps
+75  a hang or a lost rank: retry             3  training cannot go on by itself (numbers gone bad, no room to save, no progress)
+1   a crash: a retry may help                128 + n  ended by signal n
 """
 
 import faulthandler
@@ -36,8 +36,8 @@ class LostRank(UserError):
 class ExitNote:
     """Writes <logs>/exit.json when a sitting that has begun ends; of several ranks' reasons the first one stays.
 
-    Counts the sittings in a row that failed by themselves from one step: by an exception, a hang, or a crash in native code. Not
-    those that ended for a mistake of the user's, or were killed from outside.
+    Counts the sittings of the run in a row that failed by themselves from one step: by an exception, a hang, or a
+    crash in native code. Not those that ended for a mistake of the user's, or were killed from outside.
     """
 
     def __init__(self, cfg: RunConfig, world: World):
@@ -49,7 +49,10 @@ class ExitNote:
         self._crash_file = None
 
     def begin(self, at, retry_anyway: bool) -> None:
-        """From now on the end is noted. Collective. Raises NeedsAPerson when the last sittings all failed where this one would start."""
+        """From now on the end is noted. Collective.
+
+        Raises NeedsAPerson when the last sittings all failed where this one would start.
+        """
         self.at, self._start_step = at, at.step
         self.world.on_rank_0(lambda: self._begin(retry_anyway))
         self._crash_file = open(self._crash, "w")  # noqa: SIM115 - what a signal handler writes to must stay open
@@ -59,7 +62,9 @@ class ExitNote:
         self.path.unlink(missing_ok=True)
         crashes = [path for path in self.path.parent.glob("crash-*.txt") if _take_crash(path)]
         if crashes:
-            log.warning(f"The last sitting crashed in native code: {crashes[0].with_suffix('.last.txt')} has the stacks.")
+            log.warning(
+                f"The last sitting crashed in native code: {crashes[0].with_suffix('.last.txt')} has the stacks."
+            )
             self._count_failure()
         if retry_anyway:
             self._count.unlink(missing_ok=True)
@@ -88,7 +93,7 @@ class ExitNote:
             self._write(why, 0, "done")
 
     def failed(self, error: Exception) -> UserError | None:
-        """Note the error that ends this rank; returns what to raise in its place, if anything. The other ranks get to know of it."""
+        """Note the error that ends this rank, and let the others know. Returns what to raise in its place, if anything."""
         cause = cause_elsewhere(self.world, error)
         if cause is None and is_lost_rank(error):
             cause = LostRank(
@@ -124,7 +129,9 @@ class ExitNote:
         mine = self.path.with_name(f".exit-{self.world.rank}.json")
         try:
             durable.write_text(mine, json.dumps(record) + "\n")
-            os.link(mine, self.path)  # fails when another rank was first: what came first is the cause, the rest its echo
+            os.link(
+                mine, self.path
+            )  # fails when another rank was first: what came first is the cause, the rest its echo
             if by_itself:
                 self._count_failure()
         except FileExistsError:

@@ -11,15 +11,16 @@ from llm.log import terminal
 from llm.train.launcher_watch import LAUNCHER_GONE
 
 STOP_SIGNALS = (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGUSR1)
-# Ctrl-C and a closed terminal reach a worker twice: from the terminal and, an instant later, from its launcher
+# Ctrl-C and a closed terminal reach a worker twice: from the terminal and, an instant later, its launcher
 SAME_REQUEST_S = 2.0
 
 
 class StopFlag:
     """True once a stop signal has come. Handlers stay installed until `restore`. Created in the main thread.
 
-    A Python handler runs between two bytecodes of the main thread, so never while that waits in a collective. What the
-    interpreter's own handler writes to the wakeup descriptor arrives at once: a thread reads it and sees to the second signal.
+    A Python handler runs between two bytecodes of the main thread, so never while that waits in a collective. What
+    the interpreter's own handler writes to the wakeup descriptor arrives at once: a thread reads it, and leaves at
+    the second signal.
     """
 
     def __init__(self, rank: int):
@@ -48,7 +49,9 @@ class StopFlag:
     def _note(self, number: int, frame) -> None:
         if self.signal_name is None:
             is_launcher_gone = number == LAUNCHER_GONE
-            self.signal_name = "the launcher is gone" if is_launcher_gone else signal.Signals(number).name
+            self.signal_name = (
+                "the launcher is gone" if is_launcher_gone else signal.Signals(number).name
+            )
 
     def _read(self) -> None:
         while arrived := self._arrivals.recv(1):  # b"" once the other end is closed
@@ -64,7 +67,9 @@ class StopFlag:
                 with suppress(OSError, ValueError):  # SIGHUP: the terminal itself may be gone
                     os.write(terminal().fileno(), text.encode())
         elif number != LAUNCHER_GONE and time.monotonic() - self._asked_at > SAME_REQUEST_S:
-            os._exit(128 + number)  # no clean-up: whoever asks twice wants out, and committed checkpoints are safe
+            os._exit(
+                128 + number
+            )  # no clean-up: whoever asks twice wants out, and committed checkpoints are safe
 
 
 def _told_to_ignore(number: int) -> bool:

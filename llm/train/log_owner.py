@@ -1,4 +1,4 @@
-"""One run to a folder of logs: two would mix their metrics and TensorBoard curves, and end each other's exit records."""
+"""One run to a folder of logs: two would mix their metrics, TensorBoard curves and exit records."""
 
 import json
 import os

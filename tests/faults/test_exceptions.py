@@ -39,9 +39,18 @@ def fault_of(part: str, ranks: int) -> str:
     return f"{point}:{rank if ranks == 2 else 0}:{nth}:{kind}"
 
 
-@pytest.mark.parametrize(("part", "ranks"), [(p, r) for p in PARTS for r in (1, 2)] if TORTURE else SAMPLE)
-def test_an_exception_leaves_a_checkpoint_or_says_why_not_and_nothing_is_lost(tmp_path, part, ranks):
-    config = make_run(tmp_path, eval_every=3, save_every=5 if part == "save" else 0, tensorboard=part == "TensorBoard")
+@pytest.mark.parametrize(
+    ("part", "ranks"), [(p, r) for p in PARTS for r in (1, 2)] if TORTURE else SAMPLE
+)
+def test_an_exception_leaves_a_checkpoint_or_says_why_not_and_nothing_is_lost(
+    tmp_path, part, ranks
+):
+    config = make_run(
+        tmp_path,
+        eval_every=3,
+        save_every=5 if part == "save" else 0,
+        tensorboard=part == "TensorBoard",
+    )
     expected = PARTS[part][1 + ranks]
     life = live(config, ranks, fault=fault_of(part, ranks), retry_anyway=False)
     assert life.codes == [1] * ranks, life.output

@@ -19,7 +19,11 @@ WORDS = ["--config", "little.json", "--steps-today", "2"]
 def two_hosts(root: Path, **changes) -> None:
     """Each host has its own config, tokenizer and data; all share the folder of checkpoints."""
     made = make_run(root / "made", checkpoint_dir=str(root / "shared"))
-    config = json.loads(made.read_text()) | {"tokenizer_path": "tokenizer", "data_path": "data"} | changes
+    config = (
+        json.loads(made.read_text())
+        | {"tokenizer_path": "tokenizer", "data_path": "data"}
+        | changes
+    )
     made.write_text(json.dumps(config))
     for rank in (0, 1):
         shutil.copytree(root / "made", host(root, rank))
@@ -107,7 +111,9 @@ def template_differs(root: Path) -> None:
     for rank in (0, 1):
         shutil.rmtree(host(root, rank) / "data")
         template = {"name": "one" if rank == 0 else "other"}
-        add_shard(host(root, rank) / "data", host(root, rank) / "tokenizer", 0, 150, template=template)
+        add_shard(
+            host(root, rank) / "data", host(root, rank) / "tokenizer", 0, 150, template=template
+        )
 
 
 def logs_unwritable(root: Path) -> None:
@@ -129,7 +135,9 @@ def weights_differ(root: Path) -> list:
         alone = root / f"alone-{rank}"
         alone.mkdir()
         (alone / "host-0").symlink_to(host(root, rank))
-        assert Ranks(alone, [[*WORDS, "checkpoint_dir=first", f"seed={rank}"]]).ended(LIMIT_S).codes == [0]
+        assert Ranks(alone, [[*WORDS, "checkpoint_dir=first", f"seed={rank}"]]).ended(
+            LIMIT_S
+        ).codes == [0]
     return [[*WORDS, "run_name=new", "--init-from", "first/little"]] * 2
 
 
@@ -188,7 +196,12 @@ CASES = {  # what, and the code of all ranks
     "no memory": (crashes(no_memory_for_the_model), 1),
     "a failure while others wait elsewhere": (crashes(in_another_collective), 1),
 }
-SAMPLE = ["a DeepSpeed JSON on rank 0's host alone", "tasks to measure", "no place for its log", "no memory"]
+SAMPLE = [
+    "a DeepSpeed JSON on rank 0's host alone",
+    "tasks to measure",
+    "no place for its log",
+    "no memory",
+]
 
 
 @pytest.mark.parametrize("case", CASES if TORTURE else SAMPLE)
