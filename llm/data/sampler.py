@@ -35,6 +35,12 @@ class Windows:
 
     def rows(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """ids int64[R, L+1] and counted bool[R, L] (which targets carry loss) of these windows; -1 gives a row of padding."""
+        ids, counted, _ = self.rows_and_lengths(numbers)
+        return ids, counted
+
+    def rows_and_lengths(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """As `rows`, and for each row how many of its L input tokens are text and no padding."""
+        lengths = [0] * len(numbers)
         ids = np.empty((len(numbers), self.seq_len + 1), np.int64)
         counted = np.ones((len(numbers), self.seq_len), bool)
         ids[numbers < 0], counted[numbers < 0] = self.pad_id, False
@@ -47,7 +53,8 @@ class Windows:
                     counted[row, at : end - 1] = mask
                 counted[row, end - 1 : end] = False  # the first token of what follows is predicted from nothing
             ids[row, end:], counted[row, end - 1 :] = self.pad_id, False
-        return ids, counted
+            lengths[row] = min(end, self.seq_len)
+        return ids, counted, lengths
 
     def doc_ids(self, numbers: np.ndarray) -> np.ndarray | None:
         """Which document of its row each input token of these windows is in, int64[R, L], padding in one of its own; None without
@@ -59,13 +66,6 @@ class Windows:
         for row, _, pieces in self._pieces_of_rows(numbers):
             ends = np.cumsum([stop - start for start, stop in pieces])
             found[row] = np.searchsorted(ends, np.arange(self.seq_len), side="right")
-        return found
-
-    def lengths(self, numbers: np.ndarray) -> np.ndarray:
-        """How many of the seq_len input tokens of these windows are text and no padding, int64[R]; -1 has none."""
-        found = np.zeros(len(numbers), np.int64)
-        for row, _, pieces in self._pieces_of_rows(numbers):
-            found[row] = min(self.seq_len, sum(stop - start for start, stop in pieces))
         return found
 
     def _pieces_of_rows(self, numbers: np.ndarray) -> Iterator[tuple[int, Shard, list[tuple[int, int]]]]:

@@ -48,25 +48,25 @@ def micro_batches(sampler: Sampler, g: int, batch_rows: int, rank: int, world_si
     assert 0 <= g < sampler.phase.total, (g, sampler.phase.total)
     draws = deal(g, min(g + batch_rows, sampler.phase.total), rank, world_size, rows, n_micro_batches)
     numbers = sampler.numbers(draws.ravel())
-    ids, counted = sampler.windows.rows(numbers)
-    doc_ids, lengths = sampler.windows.doc_ids(numbers), sampler.windows.lengths(numbers)
+    ids, counted, lengths = sampler.windows.rows_and_lengths(numbers)
+    doc_ids = sampler.windows.doc_ids(numbers)
     batches = []
     for m, at in enumerate(range(0, len(ids), rows)):
         cut = slice(at, at + rows)
         documents = None if doc_ids is None else doc_ids[cut]
-        batches.append(_batch(ids[cut], counted[cut], documents, draws[m], lengths[cut]))
+        batches.append(_batch(ids[cut], counted[cut], lengths[cut], documents, draws[m]))
     return batches
 
 
 def _batch(
-    ids: np.ndarray, counted: np.ndarray, doc_ids: np.ndarray | None, samples: np.ndarray, lengths: np.ndarray
+    ids: np.ndarray, counted: np.ndarray, lengths: list[int], doc_ids: np.ndarray | None, samples: np.ndarray
 ) -> Batch:
     targets = ids[:, 1:].copy()
     if not counted.all():
         targets[~counted] = NOT_COUNTED
     documents = None if doc_ids is None else torch.from_numpy(doc_ids)
     tokens = torch.from_numpy(np.ascontiguousarray(ids[:, :-1]))
-    return Batch(tokens, torch.from_numpy(targets), documents, samples, int(lengths.sum()))
+    return Batch(tokens, torch.from_numpy(targets), documents, samples, sum(lengths))
 
 
 class Stream:
@@ -111,7 +111,7 @@ def eval_batches(
     n_batches = -(-n_rows // (rows * world_size))
     for places in deal(0, n_rows, rank, world_size, rows, n_batches):
         samples = np.where(places >= 0, places * len(windows) // n_rows, -1)
-        yield _batch(*windows.rows(samples), windows.doc_ids(samples), samples, windows.lengths(samples))
+        yield _batch(*windows.rows_and_lengths(samples), windows.doc_ids(samples), samples)
 
 
 def count_targets(batches: list[Batch]) -> int:
