@@ -12,6 +12,7 @@ Exit codes: 0 over, 2 your mistake, 3 needs a person (numbers gone bad, no room,
 exit.json in the run's logs says why. With torchrun --max-restarts a run that fails again and again without progress gives up with 3.
 """
 
+import signal
 import time
 
 STARTED_AT = time.monotonic()
@@ -37,6 +38,9 @@ def main() -> None:
     overrides = [*args.overrides, *([f"engine.device={args.device}"] if args.device else [])]
     if args.rechunk:
         overrides.append("data.rechunk=true")
+    if dist.read_environment()[1] > 1:
+        # Python's own handler would not run while this process waits in native code for others; training installs its own
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
     with dist.joined() as world:
         cfg = world.together(lambda: load_config(args.config, overrides, preset=args.model))
         world = world.on(world.together(lambda: dist.pick_device(cfg.engine.device, world)))
@@ -61,7 +65,7 @@ def main() -> None:
             retry_anyway=args.retry_anyway and not dist.is_restarted(),
             write_samples=_write_samples(cfg) if cfg.log.sample_prompts else None,
         )
-        train(cfg, world, options, tasks(cfg, world))
+        train(cfg, world, options, tasks)
 
 
 def tasks(cfg, world):

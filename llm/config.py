@@ -457,7 +457,8 @@ class _StrictLoader(yaml.SafeLoader):
         return super().construct_mapping(node, deep)
 
 
-def _unique(pairs: list[tuple]) -> dict:
+def unique_keys(pairs: list[tuple]) -> dict:
+    """For json's object_pairs_hook. Raises ValueError for a key that is given twice."""
     tree = dict(pairs)
     if len(tree) < len(pairs):
         keys = [key for key, _ in pairs]
@@ -470,7 +471,7 @@ def read_mapping(path: Path) -> dict:
     try:
         with open(path, encoding="utf-8") as file:
             # not by YAML alone: it takes no tabs, and reads a character beyond U+FFFF, which JSON escapes in two halves, as two
-            tree = json.load(file, object_pairs_hook=_unique) if path.suffix == ".json" else yaml.load(file, _StrictLoader)
+            tree = json.load(file, object_pairs_hook=unique_keys) if path.suffix == ".json" else yaml.load(file, _StrictLoader)
     except FileNotFoundError:
         raise ConfigError(f"{path}: no such file. Recipes are in {config_folders()[-1]}.") from None
     except (OSError, UnicodeDecodeError) as error:

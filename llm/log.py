@@ -22,6 +22,7 @@ class UserError(Exception):
 
     exit_code = MISTAKE
     told = False  # set once it has been printed, so that no second rank prints it again
+    is_shared = False  # set when all ranks raise it at one place
 
 
 class _Terminal(logging.Handler):

@@ -95,8 +95,11 @@ def sit(world: World, config: str, overrides: list[str] = (), fed: str | None = 
     wish = Wish(**{key: options.pop(key) for key in ("only_new", "reset_epoch", "dataset", "replay") if key in options})
     if fed:
         listen(world, Path(fed), cfg.run_folder)
-    measure = read_tasks(cfg.eval, world).measure if cfg.eval.tasks else None
-    training.train(cfg, world, training.Options(started_at=time.monotonic(), wish=wish, **options), measure)
+
+    def tasks(cfg, world):
+        return read_tasks(cfg.eval, world).measure if cfg.eval.tasks else None
+
+    training.train(cfg, world, training.Options(started_at=time.monotonic(), wish=wish, **options), tasks)
     entries = folder.entries(cfg.run_folder)
     manifest = read_manifest(entries[-1].path) if entries else None
     return {"step": manifest.step, "state": manifest.state_hash, "chain": manifest.chain, "ledger": manifest.ledger} if manifest else {}

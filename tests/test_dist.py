@@ -1,14 +1,20 @@
 import os
+import socket
 import subprocess
 import sys
+import time
+from datetime import timedelta
+from pathlib import Path
 from types import SimpleNamespace
 from unittest import mock
 
 import pytest
 import torch
+from folders import Ranks, free_port, host
 from ranks import run_ranks
 
 from llm import dist
+from llm.cli import RETRY
 from llm.dist import World, pick_device, read_environment
 from llm.log import UserError
 
@@ -83,6 +89,75 @@ def test_processes_on_several_hosts_without_an_address_are_told_what_to_export(m
     monkeypatch.setattr("os.environ", {"SLURM_PROCID": "0", "SLURM_STEP_NUM_TASKS": "2", "SLURM_STEP_NUM_NODES": "2"})
     with pytest.raises(UserError, match="export MASTER_ADDR"):
         dist.start()
+
+
+def meet_late(rank: int, root: Path) -> None:
+    """Rank 1 comes when rank 0 has told that it waits."""
+    dist.FIRST_NOTICE_S = 0.5
+    while rank == 1 and not any("waiting for" in output.read_text() for output in root.glob("out-0-*")):
+        time.sleep(0.05)
+
+
+def test_a_rank_that_waits_for_others_says_for_whom_and_where(tmp_path):
+    for rank in (0, 1):
+        host(tmp_path, rank).mkdir()
+    ranks = Ranks(tmp_path, [["--config", "nowhere.yaml"]] * 2, meet_late)
+    ended = ranks.ended()
+    place = f"127.0.0.1:{ranks.meeting['MASTER_PORT']}"
+    assert ended.codes == [2, 2] and f"waiting for 1 of 2 ranks at {place} (rank 1), for 0:00 so far" in ended.outputs[0]
+
+
+def meet_where_nobody_is(rank: int, root: Path) -> None:
+    dist.FIRST_NOTICE_S, dist.MEET_WITHIN_S = 0.1, 1.0
+
+
+def test_a_rank_that_finds_nobody_tells_and_leaves_with_the_code_for_a_retry(tmp_path):
+    for rank in (0, 1):
+        host(tmp_path, rank).mkdir()
+    port = str(free_port())
+    one = Ranks(tmp_path, [["--config", "nowhere.yaml"]] * 2, meet_where_nobody_is, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+    one.processes[0].kill()
+    ended = one.ended()
+    assert ended.codes == [-9, RETRY]
+    told = f"waiting for rank 0 at 127.0.0.1:{port} (connection refused)"
+    assert ended.outputs[1].count(f"{told}, for 0:00 so far") >= 2 and f"Gave up after 0:01: {told}" in ended.outputs[1]
+
+
+@pytest.mark.parametrize("port", ["in use", "0", "abc"])
+def test_a_port_that_cannot_be_used_is_a_mistake_and_named(tmp_path, port):
+    for rank in (0, 1):
+        host(tmp_path, rank).mkdir()
+    with socket.socket() as taken:
+        taken.bind(("", 0))
+        taken.listen()
+        port = str(taken.getsockname()[1]) if port == "in use" else port
+        ranks = Ranks(tmp_path, [["--config", "nowhere.yaml"]] * 2, None, {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port})
+        ranks.processes[0].join(60)
+        ranks.processes[1].kill()  # to which nothing tells that it is not rank 0 that listens there
+    ended = ranks.ended()
+    assert ended.codes[0] == 2 and port in ended.outputs[0] and "MASTER_PORT" in ended.outputs[0]
+    assert "Traceback" not in ended.outputs[0]
+
+
+def late_by(world: World, seconds: float, after: float | None) -> str:
+    """Rank 1 comes late to a collective of each group, with the time-out that a config with `after` sets."""
+    import torch.distributed as torch_dist
+
+    own = torch_dist.new_group(timeout=timedelta(seconds=0.3))
+    dist.set_timeout(after)
+    try:
+        for group in (world.group, own, None):
+            if world.rank == 1:
+                time.sleep(seconds)
+            torch_dist.all_reduce(torch.ones(1), group=group)
+    except RuntimeError as error:
+        return "gave up" if dist.is_lost_rank(error) else str(error)
+    return "went on"
+
+
+@pytest.mark.parametrize(("after", "told"), [(None, "went on"), (0.3, "gave up")])
+def test_how_long_ranks_wait_for_each_other_is_what_was_set_last_in_all_groups(tmp_path, after, told):
+    assert run_ranks(late_by, 2, tmp_path, 0.6, after)[0] == told
 
 
 def test_this_very_host_is_reached_through_no_interface():
@@ -222,7 +297,7 @@ GROWING = {"PYTORCH_ALLOC_CONF": "expandable_segments:True"}
 def test_gpu_memory_grows_in_place_unless_the_person_has_set_how(monkeypatch, gpu, own):
     os.environ.update(own)
     assert pick_device("auto", World()) == "cuda:0"
-    monkeypatch.setattr("torch.distributed.init_process_group", mock.Mock(side_effect=ConnectionError))  # when the GPU has been chosen
+    monkeypatch.setattr("llm.dist._meet", mock.Mock(side_effect=ConnectionError))  # when the GPU has been chosen
     os.environ.pop("PYTORCH_ALLOC_CONF", None)
     os.environ.update(own)
     with pytest.raises(ConnectionError):

@@ -7,7 +7,7 @@ import pytest
 
 ROOT = Path(__file__).parent.parent
 LEVELS = [
-    {"llm.config", "llm.batch_plan", "llm.dist", "llm.log", "llm.cli", "llm.durable"},
+    {"llm.config", "llm.batch_plan", "llm.dist", "llm.log", "llm.cli", "llm.durable", "llm.rank_failures"},
     {"llm.tokenizer", "llm.checkpoint"},
     {"llm.data", "llm.model"},
     {"llm.corpus", "llm.engine"},

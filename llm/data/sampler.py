@@ -35,6 +35,12 @@ class Windows:
 
     def rows(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         """ids int64[R, L+1] and counted bool[R, L] (which targets carry loss) of these windows; -1 gives a row of padding."""
+        ids, counted, _ = self.rows_and_lengths(numbers)
+        return ids, counted
+
+    def rows_and_lengths(self, numbers: np.ndarray) -> tuple[np.ndarray, np.ndarray, list[int]]:
+        """As `rows`, and for each row how many of its L input tokens are text and no padding."""
+        lengths = [0] * len(numbers)
         ids = np.empty((len(numbers), self.seq_len + 1), np.int64)
         counted = np.ones((len(numbers), self.seq_len), bool)
         ids[numbers < 0], counted[numbers < 0] = self.pad_id, False
@@ -47,7 +53,8 @@ class Windows:
                     counted[row, at : end - 1] = mask
                 counted[row, end - 1 : end] = False  # the first token of what follows is predicted from nothing
             ids[row, end:], counted[row, end - 1 :] = self.pad_id, False
-        return ids, counted
+            lengths[row] = min(end, self.seq_len)
+        return ids, counted, lengths
 
     def doc_ids(self, numbers: np.ndarray) -> np.ndarray | None:
         """Which document of its row each input token of these windows is in, int64[R, L], padding in one of its own; None without

@@ -26,6 +26,8 @@ class Batch:
     """int64: tokens see only those of the same row and number; None: all of the row."""
     samples: np.ndarray
     """int64[B]: the draw that each row is; -1 for a row of padding."""
+    n_tokens: int = 0
+    """Of the B x T inputs those that are text and no padding, whether or not their targets count."""
 
 
 def deal(start: int, stop: int, rank: int, world_size: int, rows: int, n_micro_batches: int) -> np.ndarray:
@@ -46,18 +48,25 @@ def micro_batches(sampler: Sampler, g: int, batch_rows: int, rank: int, world_si
     assert 0 <= g < sampler.phase.total, (g, sampler.phase.total)
     draws = deal(g, min(g + batch_rows, sampler.phase.total), rank, world_size, rows, n_micro_batches)
     numbers = sampler.numbers(draws.ravel())
-    ids, counted = sampler.windows.rows(numbers)
+    ids, counted, lengths = sampler.windows.rows_and_lengths(numbers)
     doc_ids = sampler.windows.doc_ids(numbers)
-    cuts = [slice(at, at + rows) for at in range(0, len(ids), rows)]
-    return [_batch(ids[cut], counted[cut], None if doc_ids is None else doc_ids[cut], draws[m]) for m, cut in enumerate(cuts)]
+    batches = []
+    for m, at in enumerate(range(0, len(ids), rows)):
+        cut = slice(at, at + rows)
+        documents = None if doc_ids is None else doc_ids[cut]
+        batches.append(_batch(ids[cut], counted[cut], lengths[cut], documents, draws[m]))
+    return batches
 
 
-def _batch(ids: np.ndarray, counted: np.ndarray, doc_ids: np.ndarray | None, samples: np.ndarray) -> Batch:
+def _batch(
+    ids: np.ndarray, counted: np.ndarray, lengths: list[int], doc_ids: np.ndarray | None, samples: np.ndarray
+) -> Batch:
     targets = ids[:, 1:].copy()
     if not counted.all():
         targets[~counted] = NOT_COUNTED
     documents = None if doc_ids is None else torch.from_numpy(doc_ids)
-    return Batch(torch.from_numpy(np.ascontiguousarray(ids[:, :-1])), torch.from_numpy(targets), documents, samples)
+    tokens = torch.from_numpy(np.ascontiguousarray(ids[:, :-1]))
+    return Batch(tokens, torch.from_numpy(targets), documents, samples, sum(lengths))
 
 
 class Stream:
@@ -102,12 +111,17 @@ def eval_batches(
     n_batches = -(-n_rows // (rows * world_size))
     for places in deal(0, n_rows, rank, world_size, rows, n_batches):
         samples = np.where(places >= 0, places * len(windows) // n_rows, -1)
-        yield _batch(*windows.rows(samples), windows.doc_ids(samples), samples)
+        yield _batch(*windows.rows_and_lengths(samples), windows.doc_ids(samples), samples)
 
 
 def count_targets(batches: list[Batch]) -> int:
     """How many targets of these batches count: over all ranks, the denominator of the step's loss."""
     return sum(int((batch.targets_BT != NOT_COUNTED).sum()) for batch in batches)
+
+
+def count_tokens(batches: list[Batch]) -> int:
+    """How many tokens of text these batches hold, those of prompts too; padding is none."""
+    return sum(batch.n_tokens for batch in batches)
 
 
 def step_digest(batches: list[Batch]) -> int:

@@ -25,9 +25,12 @@ def _built(cfg: RunConfig, world: World, model: nn.Module) -> Engine:
 
         return TorchEngine(cfg, world, model)
     from llm.engine.deepspeed_engine import DeepSpeedEngine, check_deepspeed
+    from llm.engine.ds_check import check_ds_config
     from llm.engine.ds_traps import warn_of_traps
 
     if cfg.engine.ds_config:
-        warn_of_traps(cfg, world, sum(p.numel() for p in model.parameters()))
+        n_params = sum(p.numel() for p in model.parameters())
+        check_ds_config(cfg, world, n_params)
+        warn_of_traps(cfg, world, n_params)
     check_deepspeed(cfg, world)
     return DeepSpeedEngine(cfg, world, model)

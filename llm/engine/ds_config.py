@@ -1,11 +1,12 @@
 """A DeepSpeed JSON made complete from the run's config, which is the one authority; where they disagree is told all at once."""
 
 import json
+from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 from llm.batch_plan import batch_plan
-from llm.config import EngineConfig, RunConfig, shipped
+from llm.config import EngineConfig, RunConfig, shipped, unique_keys
 from llm.dist import World
 from llm.engine.protocol import EngineError
 from llm.model.chunks import BUCKET_ELEMENTS
@@ -15,14 +16,20 @@ FOLDER = shipped("ds_configs")
 
 def load_ds_config(cfg: RunConfig, world: World, n_params: int) -> dict:
     """The dictionary for deepspeed.initialize. Raises EngineError with every mismatch between the file and the run."""
-    path = ds_config_path(cfg.engine)
+    return complete(read_ds_config(cfg.engine), cfg, world, n_params, str(ds_config_path(cfg.engine)))
+
+
+def read_ds_config(engine: EngineConfig) -> dict:
+    """What the file holds, as it stands. Raises EngineError."""
+    path = ds_config_path(engine)
     try:
-        given = json.loads(path.read_text(encoding="utf-8"))  # not as YAML, which takes 1e-8 for a word
+        # not as YAML, which takes 1e-8 for a word
+        given = json.loads(path.read_text(encoding="utf-8"), object_pairs_hook=unique_keys)
     except (OSError, ValueError) as error:
         raise EngineError(f"{path} cannot be read as a DeepSpeed config: {error}. Check engine.ds_config.") from None
     if not isinstance(given, dict):
         raise EngineError(f"{path} holds a {type(given).__name__}, but a DeepSpeed config is a JSON object. Check engine.ds_config.")
-    return complete(given, cfg, world, n_params, str(path))
+    return given
 
 
 def ds_config_path(engine: EngineConfig) -> Path:
@@ -36,7 +43,7 @@ def ds_config_path(engine: EngineConfig) -> Path:
 def complete(given: dict, cfg: RunConfig, world: World, n_params: int, where: str) -> dict:
     """`given` with the run's values filled in."""
     ours, tuning = run_values(cfg, world), tuning_values(world, n_params)
-    result, problems = json.loads(json.dumps(given)), []
+    result, problems = json.loads(json.dumps(given)), list(_no_sections(given, ours))
     for path, value in leaves(given):
         if path in ours and value not in ("auto", ours[path][0]):
             problems.append(f"{path} is {json.dumps(value)} there, but {json.dumps(ours[path][0])} by {ours[path][1]}")
@@ -56,6 +63,14 @@ def complete(given: dict, cfg: RunConfig, world: World, n_params: int, where: st
         put(result, path, value)
     del result["optimizer"]  # the optimizer itself is handed to DeepSpeed, which would build another one from this
     return result
+
+
+def _no_sections(given: dict, ours: dict) -> Iterator[str]:
+    """A line for each key that has a value where DeepSpeed wants settings."""
+    for section in dict.fromkeys(path.partition(".")[0] for path in ours if "." in path):
+        if not isinstance(given.get(section, {}), dict):
+            example = next(path for path in ours if path.startswith(f"{section}."))
+            yield f"{section} is {json.dumps(given[section])} there, but holds settings, such as {example}"
 
 
 def run_values(cfg: RunConfig, world: World) -> dict[str, tuple[Any, str]]:

@@ -32,8 +32,8 @@ def create_moments(optimizer: torch.optim.AdamW, tensors: list[torch.Tensor]) ->
 
 
 def adam_step(optimizer: torch.optim.AdamW) -> int:
-    """Updates applied so far."""
-    return int(next(iter(optimizer.state.values()))["step"].item())
+    """Updates applied so far; one more where an error has left an update that moved some tensors and not others."""
+    return int(torch.stack([state["step"] for state in optimizer.state.values()]).max().item())
 
 
 def set_adam_step(optimizer: torch.optim.AdamW, step: int) -> None:

@@ -1,6 +1,5 @@
 """Tasks that are measured while a run trains. llm.train calls `Tasks.measure` and knows nothing of what is in it."""
 
-import hashlib
 import json
 from dataclasses import dataclass, replace
 from itertools import islice
@@ -29,13 +28,16 @@ class Tasks:
         """{"TASK/METRIC": value}, the same on every rank: each takes its share of questions and documents. Collective."""
         found = self._mmlu(model, tokenizer, world) if self.subjects else {}
         for path, documents in self.texts.items():
-            sums = summed(world, list(text_sums(model, tokenizer, documents[world.rank :: world.size])))
+            mine = documents[world.rank :: world.size]
+            sums = summed(world, world.together(lambda mine=mine: list(text_sums(model, tokenizer, mine))))
             found |= {f"perplexity/{path}/{metric}": value for metric, value in named(*sums).items()}
         return found
 
     def _mmlu(self, model: Transformer, tokenizer: Tokenizer, world: World) -> dict[str, float]:
         shares = [replace(subject, questions=subject.questions[world.rank :: world.size]) for subject in self.subjects]
-        mine = {subject.name: evaluate_subject(model, tokenizer, subject, self.shots) for subject in shares if subject.questions}
+        mine = world.together(
+            lambda: {s.name: evaluate_subject(model, tokenizer, s, self.shots) for s in shares if s.questions}
+        )
         of_ranks = world.gather({name: [part["correct"], part["fewer_shots"], part["cut"]] for name, part in mine.items()})
         parts = [part for rank in of_ranks for part in rank.values()]
         correct = {s.name: [one for rank in of_ranks if s.name in rank for one in rank[s.name][0]] for s in self.subjects}
@@ -47,14 +49,8 @@ def read_tasks(cfg: EvalConfig, world: World) -> Tasks:
     """All that eval.tasks needs, read before the first step. Collective. Raises UserError on every rank."""
     tasks = world.together(lambda: _read(cfg))
     content = [[subject.digest for subject in tasks.subjects], tasks.texts]
-    digests = world.gather(hashlib.sha256(json.dumps(content).encode()).hexdigest())
-    world.together(lambda: _check_same(digests))
+    world.refuse_differences("eval.mmlu or eval.texts", json.dumps(content))
     return tasks
-
-
-def _check_same(digests: list[str]) -> None:
-    if odd := [rank for rank, other in enumerate(digests) if other != digests[0]]:
-        raise ConfigError(f"eval.mmlu or eval.texts holds other data on rank {odd[0]} than on rank 0. Give every machine the same files.")
 
 
 def _read(cfg: EvalConfig) -> Tasks:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 from llm.checkpoint.slices import CheckpointError
 from llm.config import SECTIONS, ConfigError, RunConfig
+from llm.dist import World
 from llm.log import log
 
 # Everything in `model` but how attention is computed and z-loss, and the seed that the data order comes from, is identity. Changes that
@@ -90,13 +91,22 @@ def check_source(source: Path, saved: dict, cfg: RunConfig, accepted: Collection
         log.log(level, f"--init-from: {key} {before.get(key)!r} → {now[key]!r} for these weights.")
 
 
-def check_same(of_ranks: list[dict]) -> None:
-    """Refuse ranks that were started with other settings than rank 0, from another copy of the file, say."""
-    flat = [_flat(config) for config in of_ranks]
-    for rank, theirs in enumerate(flat):
+def check_same(world: World, cfg: RunConfig, asked: dict) -> None:
+    """Refuse ranks that were started with other settings than rank 0, from another copy of the file, say. Collective.
+
+    `asked`: the flags of the command line by name. Raises ConfigError on every rank, before anything that only some would take part in.
+    """
+    of_ranks = world.gather(_flat(cfg.model_dump(mode="json")) | asked)
+    world.together(lambda: _refuse_other_settings(of_ranks))
+
+
+def _refuse_other_settings(of_ranks: list[dict]) -> None:
+    for rank, theirs in enumerate(of_ranks):
         for key, value in theirs.items():
-            if value != flat[0][key]:
-                raise ConfigError(f"{key} is {flat[0][key]!r} on rank 0, but {value!r} on rank {rank}. Start all ranks with one config.")
+            if value != of_ranks[0][key]:
+                raise ConfigError(
+                    f"{key} is {of_ranks[0][key]!r} on rank 0, but {value!r} on rank {rank}. Start all ranks with one config and one command."
+                )
 
 
 def _defaults() -> dict:

@@ -174,6 +174,8 @@ class Keeper:
             apply_retention(self.run, self._retention(), protect, folder.other_branches(self.run, self.attempt, self.lineage))
         except (OSError, CheckpointError, LockLost) as error:
             log.warning(f"After saving {path.name}: {error}.")
+        except Exception as error:  # on this rank alone, and no reason to end training
+            log.warning(f"After saving {path.name}: {type(error).__name__}: {error}.", exc_info=error)
         log.info(f"saved {path}")
 
     def _retention(self) -> Retention:

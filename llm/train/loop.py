@@ -5,24 +5,24 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from logging import DEBUG, ERROR, WARNING
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, TypeVar
 
 from llm.batch_plan import BatchPlan
 from llm.checkpoint.saver import Fenced, SaveFailed
 from llm.config import RunConfig, interval_steps
 from llm.data.ledger import Ledger
-from llm.data.stream import Stream, chain, count_targets, step_digest
+from llm.data.stream import Batch, Stream, chain, count_targets, count_tokens, step_digest
 from llm.dist import World
 from llm.engine.attention_kernel import leave_cudnn
 from llm.engine.process import collect_garbage
 from llm.engine.protocol import Engine, Update
-from llm.log import UserError, log
+from llm.log import log
 from llm.train.budget import Horizon, Sitting, horizon
 from llm.train.exits import NeedsAPerson
 from llm.train.faults import StopFlag
 from llm.train.fit import train_step
 from llm.train.guard import Recent, SpikeGuard, refused_in_a_row
-from llm.train.metrics import Metrics
+from llm.train.metrics import Metrics, StepRecord
 from llm.train.schedule import lr_at
 from llm.train.stragglers import Stragglers
 from llm.train.watchdog import Watchdog
@@ -30,6 +30,7 @@ from llm.train.watchdog import Watchdog
 if TYPE_CHECKING:
     from llm.train.keeper import Keeper
 
+Result = TypeVar("Result")
 REFUSED_IN_A_ROW = 3
 FAILED_SAVES_IN_A_ROW = 3
 NO_TARGETS = "no token of its rows carries loss"
@@ -91,6 +92,7 @@ def train_phase(ready: Ready, stream: Stream, at: Progress) -> str:
     save_every, eval_every, tasks_every = (interval_steps(interval, over.length) for interval in intervals)
     saves_best = never_meet(save_every, eval_every, over)  # else nothing for keep_best to choose
     saved_step, failed_saves, why = at.step, 0, None
+    problem: Exception | None = None
     refused = refused_in_a_row([s.step for s in phase.skipped if s.reason != NO_TARGETS], at.step)
     if not phase.consumed:
         at.recent.clear()  # what was usual for other data says nothing about these
@@ -109,7 +111,7 @@ def train_phase(ready: Ready, stream: Stream, at: Progress) -> str:
             step = watchdog.during("saving", part)()
             if step is not None:
                 saved_step, failed_saves = step, 0
-                metrics.seen(step, keeper.view)
+                alone(metrics.seen, step, keeper.view)
         except Fenced as error:
             raise NeedsAPerson(f"The {error}. The last one is of step {saved_step:,}.") from None
         except SaveFailed as error:
@@ -122,6 +124,14 @@ def train_phase(ready: Ready, stream: Stream, at: Progress) -> str:
         # at the end one may still be on its way, and another has to follow
         sitting.slowest_save_s = max(sitting.slowest_save_s, took_s, 2 * keeper.write_s)
 
+    def alone(work: Callable[..., Result], *args) -> Result | None:
+        """Do what this rank does by itself. An error waits for the next boundary, where all ranks save and stop for it."""
+        nonlocal problem
+        try:
+            return work(*args)
+        except Exception as error:
+            problem = problem or error
+
     def is_due(every: int) -> bool:
         return every > 0 and at.step % every == 0
 
@@ -131,19 +141,18 @@ def train_phase(ready: Ready, stream: Stream, at: Progress) -> str:
 
     while True:
         watchdog.step_boundary(at.step)
-        metrics.profiler.before(at.step + 1)
+        alone(metrics.profiler.before, at.step + 1)
         started_at, saved_for_s = time.perf_counter(), sitting.saving_s
-        drawn, problem = at.ledger.open_phase.consumed, None
-        try:
-            batches = stream.step(drawn)
-        except UserError as error:  # a damaged shard, say: known to all ranks before any of them computes
-            batches, problem = [], error
+        drawn = at.ledger.open_phase.consumed
+        batches = alone(stream.step, drawn) or []  # a damaged shard, say, is known to all before any of them computes
         data_wait_s = time.perf_counter() - started_at
         wants_stop = bool(stop) or (world.rank == 0 and sitting.over() is not None)  # one clock decides
-        counts = [count_targets(batches), step_digest(batches), int(wants_stop), int(problem is not None), int(keeper.written)]
-        n_targets, digest, stops, problems, ranks_written, *times = world.sum_ints([*counts, *stragglers.numbers()])
+        counts = alone(counts_of, batches) or [0, 0, 0]
+        states = [int(wants_stop), int(problem is not None), int(keeper.written)]
+        summed = world.sum_ints([*counts, *states, *stragglers.numbers()])
+        n_targets, n_tokens, digest, stops, problems, ranks_written, *times = summed
         if times:
-            stragglers.judge(at.step, times)
+            alone(stragglers.judge, at.step, times)
         if ranks_written == world.size:
             attempt(keeper.finish)
         if stops or problems:
@@ -158,7 +167,7 @@ def train_phase(ready: Ready, stream: Stream, at: Progress) -> str:
             update, why = Update(math.nan, math.nan, applied=False), NO_TARGETS
         if why:
             tell(ERROR, f"step {at.step + 1:,}: {why}, so the update was not applied on any rank; its samples are noted as skipped.")
-            metrics.fault(at.step + 1, "skipped", why)
+            alone(metrics.fault, at.step + 1, "skipped", why)
             is_spike = math.isfinite(update.loss) and guard.why_not(update.loss) is not None
             if refused >= REFUSED_IN_A_ROW and not is_spike and any(world.gather(leave_cudnn(cfg, world.device))):
                 tell(WARNING, f"{refused} updates in a row were not finite: attention goes on with other kernels than cuDNN's.")
@@ -172,27 +181,26 @@ def train_phase(ready: Ready, stream: Stream, at: Progress) -> str:
         at.tokens_seen += n_targets * update.applied
         sitting.count_step(n_targets * update.applied)
         seconds = time.perf_counter() - started_at - (sitting.saving_s - saved_for_s)
-        metrics.profiler.after(at.step)
+        alone(metrics.profiler.after, at.step)
         stragglers.add(engine.forward_clock.take(), data_wait_s, seconds)
         if update.applied:
-            lr = lr_at(cfg.train, over, at.step - 1)
-            metrics.step(
-                at.step, at.ledger, loss=update.loss, lr=lr, grad_norm=update.grad_norm, tokens=n_targets, seconds=seconds, data_wait_s=data_wait_s
-            )
+            record = StepRecord(update.loss, rate, update.grad_norm, n_targets, n_tokens, seconds, data_wait_s)
+            alone(metrics.step, at.step, at.ledger, record)
             at.metrics["train_loss"] = update.loss
             if odd := guard.applied(update.loss, update.grad_norm):
                 tell(WARNING, f"step {at.step:,}: {odd}. {_ADVICE_ON_NORMS.format(saved_step=saved_step)}")
-                metrics.fault(at.step, "grad_norm_spike", odd)
+                alone(metrics.fault, at.step, "grad_norm_spike", odd)
 
         collect_garbage(at.step)
         at.epoch_end = phase.passes(drawn + rows) > phase.passes(drawn)
         done = at.ledger.open_phase is None or at.step == over.end
         if measure and (done or is_due(tasks_every)):
-            metrics.tasks(at.step, sitting.validation(measure))
+            measured = sitting.validation(measure)
+            alone(metrics.tasks, at.step, measured)
         at.metrics.pop("val_loss", None)  # retention compares checkpoints by it: an old value must not stand for new weights
         if validate and (done or is_due(eval_every)):
             result = sitting.validation(validate)
-            metrics.validation(at.step, result)
+            alone(metrics.validation, at.step, result)
             at.metrics |= {"val_loss": result["loss"] if math.isfinite(result["loss"]) else None, "val_step": float(at.step)}
         is_best = saves_best and keeper.is_among_best(at.metrics.get("val_loss"))
         if done or at.epoch_end or is_due(save_every) or is_best:
@@ -203,15 +211,17 @@ def train_phase(ready: Ready, stream: Stream, at: Progress) -> str:
     attempt(keeper.finish)
     if at.step > saved_step and refused < REFUSED_IN_A_ROW:
         save_now(wait=True)
-    if problems:
-        world.together(lambda: reraise(problem))
+    world.together(lambda: reraise(problem))
     if refused >= REFUSED_IN_A_ROW:
         raise NeedsAPerson(
             f"{refused} updates in a row were refused, the last at step {at.step + 1:,}: {why}. Nothing was saved since step {saved_step:,}. "
             f"{_ADVICE_ON_REFUSALS}"
         )
     if at.step > saved_step:
-        raise NeedsAPerson(f"Steps {saved_step + 1:,} to {at.step:,} are in no checkpoint. Mend that, then run again: they are taken anew.")
+        raise NeedsAPerson(
+            f"Steps {saved_step + 1:,} to {at.step:,} are in no checkpoint. Fix the cause above and run again: training resumes from "
+            f"step {saved_step:,}."
+        )
     if at.ledger.open_phase is None:
         return "phase finished"
     if at.step == over.end:
@@ -228,6 +238,11 @@ def never_meet(save_every: int, eval_every: int, over: Horizon) -> bool:
     return over.end // both == over.start // both
 
 
-def reraise(problem: UserError | None) -> None:
+def counts_of(batches: list[Batch]) -> list[int]:
+    """Targets that count, tokens of text, and the digest of what is fed: to be summed over ranks."""
+    return [count_targets(batches), count_tokens(batches), step_digest(batches)]
+
+
+def reraise(problem: Exception | None) -> None:
     if problem:
         raise problem

@@ -5,6 +5,7 @@ Names are group/what, the same in metrics.jsonl and TensorBoard: train, val, spe
 
 import time
 from collections.abc import Callable
+from dataclasses import dataclass
 from pathlib import Path
 
 import yaml
@@ -23,6 +24,21 @@ from llm.train.profiler import StepProfiler
 MAX_LINES = 200  # of the ledger, at each checkpoint, in TensorBoard's files
 
 
+@dataclass(frozen=True)
+class StepRecord:
+    """One applied update, the same on every rank."""
+
+    loss: float
+    lr: float
+    grad_norm: float
+    targets: int
+    """Of the global step, those that carry loss."""
+    tokens: int
+    """Of the global step, all that were computed, padding left out: what speed is counted by."""
+    seconds: float
+    data_wait_s: float
+
+
 class Metrics:
     """Averages steps between two reports. Times are seconds of wall clock."""
 
@@ -33,40 +49,45 @@ class Metrics:
         self.flops_per_token, self.peak_flops = flops_per_token(cfg.model), _peak_flops(world)
         self.first_loss: float | None = None
         self.last_loss: float | None = None
+        self.targets = 0
         self.tokens = 0
         self.busy_s = 0.0
         self.profiler = StepProfiler(cfg.log.profile if self.speaks else None, cfg.log_folder, world.device)
         self._by_dataset = by_dataset
-        self._window: list[tuple[float, int, float]] = []  # (seconds, tokens, data wait)
+        self._window: list[StepRecord] = []
         self._since = self._clocks()
         self._line = LiveLine() if self.speaks else None
         self._folder = cfg.log_folder
-        self._board = _tensorboard(self._folder) if self.speaks and cfg.log.tensorboard else None
+        self._board = None
 
-    def step(self, step: int, ledger: Ledger, *, loss: float, lr: float, grad_norm: float, tokens: int, seconds: float, data_wait_s: float) -> None:
-        """One applied update: `step` is the number of steps done, `tokens` the counted targets of the global step."""
+    def step(self, step: int, ledger: Ledger, record: StepRecord) -> None:
+        """`step`: the number of steps done, with this one."""
         if not self.speaks:
             return
         if self.first_loss is None:
-            self.first_loss = loss
+            self.first_loss = record.loss
             if self.cfg.engine.compile:
-                log.info(f"the first step took {seconds:.1f} s, compiling included; what is compiled is kept for the next sitting")
-        self.last_loss = loss
-        self.tokens += tokens
-        self.busy_s += seconds
-        self._window.append((seconds, tokens, data_wait_s))
-        rate = sum(t for _, t, _ in self._window) / sum(s for s, *_ in self._window)
-        self._line.show(self._text(step, loss, lr, rate))
+                log.info(f"the first step took {record.seconds:.1f} s, compiling included; what is compiled is kept for the next sitting")
+        self.last_loss = record.loss
+        self.targets += record.targets
+        self.tokens += record.tokens
+        self.busy_s += record.seconds
+        self._window.append(record)
+        seconds = sum(r.seconds for r in self._window)
+        rate = sum(r.tokens for r in self._window) / seconds
+        self._line.show(self._text(step, record.loss, record.lr, rate))
         if step % self.cfg.log.log_every and step != self.end_step:
             return
-        values = {"train/loss": loss, "train/lr": lr, "train/grad_norm": grad_norm, "speed/tokens_per_s": rate}
+        values = {"train/loss": record.loss, "train/lr": record.lr, "train/grad_norm": record.grad_norm}
+        values["speed/tokens_per_s"] = rate
+        values["speed/target_tokens_per_s"] = sum(r.targets for r in self._window) / seconds
         if self.peak_flops:
             values["speed/mfu"] = self.mfu(rate)
         values |= self._times() | _memory(self.device)
         values |= {f"data/{name}_tokens": n for name, n in self._by_dataset.of(ledger).items()}
         self._write(step, values)
         if not self._line.alive:
-            log.info(self._text(step, loss, lr, rate))
+            log.info(self._text(step, record.loss, record.lr, rate))
         self._window.clear()
 
     def validation(self, step: int, values: dict[str, float]) -> None:
@@ -90,7 +111,9 @@ class Metrics:
         self._on_board(lambda board: board.add_text(f"fault/{kind}", why, step))
 
     def start(self, step: int, record: dict) -> None:
-        """What `note_start` noted."""
+        """What `note_start` noted of a sitting that goes on from `step`. Rank 0 only."""
+        if self.cfg.log.tensorboard:
+            self._open_board(step)
         for name, value in {"config": record["config"], "environment": {key: v for key, v in record.items() if key != "config"}}.items():
             self.page(name, yaml.safe_dump(value, sort_keys=False), step)
 
@@ -121,6 +144,11 @@ class Metrics:
         """Over the training steps of this sitting, validation and saving left out."""
         return self.tokens / self.busy_s if self.busy_s else 0.0
 
+    @property
+    def target_tokens_per_s(self) -> float:
+        """Of these the tokens that carry loss."""
+        return self.targets / self.busy_s if self.busy_s else 0.0
+
     def close(self) -> None:
         self.profiler.close()
         if self._line:
@@ -141,7 +169,7 @@ class Metrics:
         """Seconds a step, and where all the time since the last report went, as shares of it."""
         now = self._clocks()
         all_s, validating_s, saving_s = (b - a for a, b in zip(self._since, now, strict=True))
-        step_s, waited_s = sum(s for s, *_ in self._window), sum(w for *_, w in self._window)
+        step_s, waited_s = sum(r.seconds for r in self._window), sum(r.data_wait_s for r in self._window)
         self._since = now
         spent = {"training": step_s - waited_s, "data_wait": waited_s, "validating": validating_s, "saving": saving_s}
         spent["other"] = max(0.0, all_s - sum(spent.values()))
@@ -156,20 +184,32 @@ class Metrics:
         if self.speaks:
             note(self._folder / file, {"step": step, "time": round(time.time(), 3)} | values)
 
+    def _open_board(self, step: int) -> None:
+        folder = self._folder / "tensorboard"
+        try:
+            self._board = _tensorboard(folder, step)
+        except OSError as error:
+            self._board_lost(error)
+
     def _on_board(self, write: Callable) -> None:
         """`write(board)`, if there is one. What its own thread could not write is raised here, some time later: then there is none any more."""
         try:
             if self._board:
                 write(self._board)
         except OSError as error:
-            self._board = None
-            log.warning(f"{self._folder / 'tensorboard'}: cannot be written ({error.strerror}). Training goes on without it.")
+            self._board_lost(error)
+
+    def _board_lost(self, error: OSError) -> None:
+        self._board = None
+        folder = self._folder / "tensorboard"
+        log.warning(f"{folder}: cannot be written ({error.strerror}). Training goes on without it.")
 
 
-def _tensorboard(folder: Path):
+def _tensorboard(folder: Path, step: int):
+    """A writer to which what other files of the folder say of later steps is void: a kill, or --from-step, has undone them."""
     from torch.utils.tensorboard import SummaryWriter
 
-    board = SummaryWriter(str(folder / "tensorboard"), flush_secs=10)
+    board = SummaryWriter(str(folder), flush_secs=10, purge_step=step + 1)
     board.add_custom_scalars({"training and validation": {"loss": ["Multiline", ["train/loss", "val/loss"]]}})
     return board
 

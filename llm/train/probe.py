@@ -46,7 +46,7 @@ class Probe:
 
     def loss(self) -> float | None:
         """Mean over the counted targets; None if there are none. Collective, and ZeRO-3 needs every rank to evaluate as often."""
-        sums = [self.engine.evaluate(batch) for batch in self.batches]
+        sums = self.world.together(lambda: [self.engine.evaluate(batch) for batch in self.batches])
         nats, n_targets = summed(self.world, [sum(s for s, _ in sums), sum(n for _, n in sums)])
         return nats / n_targets if n_targets else None
 

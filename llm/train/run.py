@@ -1,11 +1,15 @@
 """A sitting from start to end: open the data, find where the run stands, build model and engine, train phase after phase, tell what happened."""
 
+import json
 from collections.abc import Callable, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass, replace
 
+from llm import dist
 from llm.batch_plan import BatchPlan
+from llm.checkpoint.hashes import file_sha256
 from llm.checkpoint.lock import RunLock
+from llm.checkpoint.manifest import NAME
 from llm.checkpoint.resume import Checkpoint
 from llm.checkpoint.saver import SaveFailed
 from llm.config import RunConfig
@@ -14,11 +18,11 @@ from llm.data.sampler import Sampler
 from llm.data.seen import seen_view
 from llm.data.shards import Shard
 from llm.data.stream import Stream, eval_batches
-from llm.dist import World, is_restarted
+from llm.dist import World, is_lost_rank, is_restarted
 from llm.engine import Engine, process
 from llm.engine.attention_kernel import attention_kernel, training_kernels
 from llm.engine.protocol import autocast
-from llm.log import log, result, route_output
+from llm.log import log, result
 from llm.model.flops import count_params
 from llm.model.transformer import Transformer
 from llm.tokenizer import Tokenizer
@@ -34,23 +38,26 @@ from llm.train.loop import Progress, Ready, reraise, train_phase
 from llm.train.metrics import Metrics
 from llm.train.phases import for_the_next_phase, row_cut
 from llm.train.probe import ACCEPT, Probe, probe_shards
-from llm.train.start import Found, Options, WriteSamples, build_loaded_engine, find, make_folders, open_source
+from llm.train.start import Found, Options, WriteSamples, build_loaded_engine, find, make_folders, open_rank_log, open_source
 from llm.train.starts import note_start
 from llm.train.summary import tell_sitting
 from llm.train.template import run_template
 from llm.train.validate import measure_digest, reading_copy, token_byte_lengths, validate
-from llm.train.watchdog import Watchdog
+from llm.train.watchdog import Watchdog, collective_timeout_s
 
 Measure = Callable[[Transformer, Tokenizer, World], dict[str, float]]
+ReadTasks = Callable[[RunConfig, World], Measure | None]
 
 
-def train(cfg: RunConfig, world: World, options: Options, measure: Measure | None = None) -> None:
+def train(cfg: RunConfig, world: World, options: Options, read_tasks: ReadTasks | None = None) -> None:
     """Train for one sitting. Collective. Raises UserError, the same on every rank.
 
-    `measure`: what eval.every lets pass over the model, as a collective; it gives the same {"TASK/METRIC": value} on every rank.
+    `read_tasks`: what gives, as a collective, what eval.every lets pass over the model. That is a collective as well, and gives the
+    same {"TASK/METRIC": value} on every rank.
     """
-    settings = world.gather(cfg.model_dump(mode="json"))
-    world.together(lambda: check_same(settings))
+    check_same(world, cfg, options.asked)
+    dist.set_timeout(collective_timeout_s(cfg.train.hang_timeout_s))
+    measure = read_tasks(cfg, world) if read_tasks else None
     sitting = world.together(lambda: Sitting(options.started_at, options.steps_today, options.minutes_today, options.tokens_today))
     fork = find_fork(world, cfg, options.anneal, options.from_step) if options.anneal else None
     cfg = fork.config(cfg) if fork else cfg
@@ -88,16 +95,19 @@ class Guards:
 
 @contextmanager
 def _guarded(cfg: RunConfig, world: World) -> Iterator[Guards]:
-    stop, lock, note = StopFlag(world.rank), RunLock(cfg.run_folder), ExitNote(cfg.log_folder, world)
-    watchdog = Watchdog(cfg.train.hang_timeout_s, world.rank, note.write)
+    stop, lock, note = StopFlag(world.rank), RunLock(cfg.run_folder), ExitNote(cfg, world)
+    watchdog = Watchdog(cfg.train.hang_timeout_s, world.rank, note.hung)
+    if world.failures:
+        world.failures.before_leaving = lock.release
     try:
         with process.settled(world.device, cfg.engine.keep_memory), training_kernels(cfg.model, cfg.data.document_mask):
             yield Guards(stop, lock, note, watchdog)
     except Exception as error:
-        if lost := note.failed(error):
-            raise lost from error
+        if cause := note.failed(error):
+            raise cause from error
         raise
     finally:
+        note.close()
         watchdog.close()
         lock.release()
         stop.restore()
@@ -118,8 +128,8 @@ def _train(found: Found, ledger: Ledger, options: Options, ready: Ready) -> str:
     except NeedsAPerson as error:  # the loop has saved what may be saved
         problem = error
         ready.world.together(lambda: reraise(problem))  # all ranks have it, and one tells it
-    except Exception:
-        _save_after_error(ready, at)
+    except Exception as error:
+        save_after_error(ready, at, error)
         raise
     finally:
         ready.keeper.close()
@@ -135,15 +145,18 @@ def _prepare(found: Found, ledger: Ledger, options: Options, measure: Measure | 
     if fork:
         world.together(lambda: fork.check_data(ledger, plan.global_rows, at.step))
     source = open_source(world, options, cfg, tokenizer) if checkpoint is None else None
+    world.refuse_differences(f"--init-from {options.init_from}", file_sha256(source.folder / NAME) if source else "")
     template = world.together(lambda: run_template(found.train_shards, checkpoint, source, options.accept_change))
+    world.refuse_differences("data.data_path, the template of its conversations", json.dumps(template, sort_keys=True))
 
     world.on_rank_0(lambda: make_folders(cfg, guards.lock, options.fresh))
-    route_output(cfg.log_folder / f"rank-{world.rank}.log")
+    world.together(lambda: open_rank_log(cfg, world.rank))
     guards.note.begin(at, options.retry_anyway)
 
     if not cfg.train.batch_tokens:  # the run's own global batch, which another number of ranks cuts otherwise
         cfg = cfg.model_copy(update={"train": cfg.train.model_copy(update={"grad_accum": plan.accumulation})})
     engine = build_loaded_engine(cfg, world, checkpoint, source)
+    dist.set_timeout(collective_timeout_s(cfg.train.hang_timeout_s))  # of the groups that the engine has made
     if cfg.train.batch_size == "auto":
         plan = world.together(lambda: fitted(cfg, plan, world, engine))
     probe = Probe(cfg, plan, world, engine, probe_shards(pool(found.train_shards), ledger))
@@ -211,16 +224,30 @@ def _measured(cfg: RunConfig, world: World, engine: Engine, tokenizer: Tokenizer
         return measure(reading_copy(cfg, engine, world.device), tokenizer, world)
 
 
-def _save_after_error(ready: Ready, at: Progress) -> None:
-    """Save what was trained before an exception, where that is safe: alone (no rank waits elsewhere) and between two updates."""
-    if ready.world.size > 1 or ready.engine.state()["optimizer_step"] != at.updates:
-        return
+def save_after_error(ready: Ready, at: Progress, error: Exception) -> None:
+    """Save what was trained before an exception, or say why not. Raises nothing.
+
+    It can be saved between two updates, where no rank waits elsewhere: alone, or when all ranks raise at one place.
+    """
     keeper = ready.keeper
-    for part in (keeper.finish, lambda: keeper.save(at) if at.step > keeper.saved_step else None):
-        try:
-            part()
-        except SaveFailed as failure:  # told, but the exception that brought us here is what the person must see
-            log.error(f"The {failure}.")
+    if ready.world.size > 1 and not getattr(error, "is_shared", False):
+        why = "the other ranks wait for this one within a step"
+    elif ready.engine.state()["optimizer_step"] != at.updates:
+        why = "it came while an update was applied"
+    else:
+        why = None
+        for part in (keeper.finish, lambda: keeper.save(at) if at.step > keeper.saved_step else None):
+            try:
+                part()
+            except SaveFailed as failure:  # told, but the exception that brought us here is what the person must see
+                why = str(failure)
+            except Exception as failure:
+                why = f"{type(failure).__name__}: {failure}"
+    if why and at.step >= keeper.saved_step and not is_lost_rank(error):
+        log.error(
+            f"Nothing could be saved after an error at step {at.step:,}: {why}. The newest checkpoint is of step "
+            f"{keeper.saved_step:,}; what came after it is trained again."
+        )
 
 
 def _introduce(

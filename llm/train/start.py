@@ -1,8 +1,9 @@
 """What a sitting begins with: what it is asked, its data and position, weights, moments and generators of a checkpoint, or another run's weights."""
 
+import socket
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 from torch import nn
@@ -19,11 +20,12 @@ from llm.data.shards import Shard
 from llm.dist import World, is_restarted
 from llm.engine import Engine, build_engine
 from llm.engine.precision import resolve_precision
-from llm.log import log
+from llm.log import log, route_output
 from llm.model.huggingface_weights import parameter_shapes
 from llm.model.init import build_model
 from llm.model.transformer import Transformer
 from llm.tokenizer import Tokenizer, load_tokenizer
+from llm.train import log_owner
 from llm.train.anneal import CHANGED_BY_ANNEAL, Fork
 from llm.train.datasets import open_shards, settle_imports
 from llm.train.drift import check_drift, check_source
@@ -55,6 +57,14 @@ class Options:
     retry_anyway: bool = False
     write_samples: WriteSamples | None = None
     """Prompt -> what the model writes after it; asked on rank 0 after each validation."""
+
+    @property
+    def asked(self) -> dict:
+        """The flags and what they say, for ranks to compare."""
+        given = asdict(replace(self, write_samples=None))
+        of_data = given.pop("wish")
+        del given["started_at"], given["write_samples"]
+        return {f"--{key.replace('_', '-')}": value for key, value in (given | of_data).items()}
 
     @property
     def begins_with(self) -> list[str]:
@@ -100,6 +110,7 @@ class Found:
 def find(cfg: RunConfig, world: World, options: Options, fork: Fork | None, lock: RunLock) -> Found:
     """Open the data and the newest checkpoint, and take the lock of a folder that is there. One that is not is not made yet."""
     tokenizer = world.together(lambda: load_tokenizer(cfg.tokenizer.tokenizer_path, cfg.tokenizer.tokenizer_type))
+    world.refuse_differences(f"tokenizer.tokenizer_path {cfg.tokenizer.tokenizer_path}", tokenizer.fingerprint)
     cfg = cfg.model_copy(update={"model": world.together(lambda: cfg.model.with_vocab(tokenizer.vocab_size))})
     train_shards, val_shards = open_shards(cfg, tokenizer, world)
     world.on_rank_0(lambda: _take_over(cfg.run_folder, lock, options.steal_lock))
@@ -128,14 +139,9 @@ def _take_over(run: Path, lock: RunLock, by_force: bool) -> None:
 
 def make_folders(cfg: RunConfig, lock: RunLock, fresh: bool) -> None:
     """Make the run's folder ours to write in; with `fresh`, after what was there has gone aside."""
+    log_owner.check(cfg)
     if fresh and folder.has_committed(cfg.run_folder):
-        aside = cfg.run_folder.with_name(f"{cfg.run_folder.name}.before-{time.strftime('%Y%m%dT%H%M%S')}")
-        cfg.run_folder.rename(aside)
-        lock.leave(aside)
-        for imported in aside.glob("*.imported"):  # with data.save_bin=false: this sitting's data, found or made there a moment ago
-            cfg.run_folder.mkdir(exist_ok=True)
-            imported.rename(cfg.run_folder / imported.name)
-        log.info(f"--fresh: the old run is now {aside}")
+        _move_aside(cfg, lock)
     looked_before = lock.owner is None  # for checkpoints, when the folder was not there to be locked
     try:
         cfg.run_folder.mkdir(parents=True, exist_ok=True)
@@ -147,10 +153,39 @@ def make_folders(cfg: RunConfig, lock: RunLock, fresh: bool) -> None:
             probe = path / ".tmp-probe"
             probe.mkdir(exist_ok=True)
             probe.rmdir()
+        log_owner.sign(cfg)
     except OSError as error:
         raise ConfigError(
             f"{error.filename or cfg.run_folder}: cannot be written ({error.strerror}). Checkpoints and logs go there: change "
             f"checkpoint.checkpoint_dir or log.out_dir, or the folder's permissions."
+        ) from None
+
+
+def _move_aside(cfg: RunConfig, lock: RunLock) -> None:
+    suffix = f".before-{time.strftime('%Y%m%dT%H%M%S')}"
+    aside = cfg.run_folder.with_name(cfg.run_folder.name + suffix)
+    cfg.run_folder.rename(aside)
+    lock.leave(aside)
+    for imported in aside.glob("*.imported"):  # with data.save_bin=false: this sitting's data, found or made there a moment ago
+        cfg.run_folder.mkdir(exist_ok=True)
+        imported.rename(cfg.run_folder / imported.name)
+    log.info(f"--fresh: the old run is now {aside}")
+    if cfg.log_folder.is_dir():  # log.out_dir: beside the run, so it has not moved along
+        logs = cfg.log_folder.with_name(cfg.log_folder.name + suffix)
+        cfg.log_folder.rename(logs)
+        log.info(f"--fresh: its logs are now {logs}")
+
+
+def open_rank_log(cfg: RunConfig, rank: int) -> None:
+    """Have what this rank and its libraries say in a file of the run's logs."""
+    path = cfg.log_folder / f"rank-{rank}.log"
+    try:
+        cfg.log_folder.mkdir(parents=True, exist_ok=True)  # of this host, where the folder is not one that all share
+        route_output(path)
+    except OSError as error:
+        raise ConfigError(
+            f"{path}: rank {rank} on host {socket.gethostname()} cannot write its log there ({error.strerror}). Change log.out_dir, or "
+            f"the folder's permissions."
         ) from None
 
 

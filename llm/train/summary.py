@@ -21,7 +21,8 @@ def tell_sitting(
         "ended": time.strftime("%Y-%m-%dT%H:%M:%S"),
         "from_step": first_step,
         "to_step": at.step,
-        "tokens": metrics.tokens,
+        "tokens": metrics.targets,
+        "tokens_computed": metrics.tokens,
         "minutes": round(seconds / 60, 2),
         "seconds_training": round(metrics.busy_s, 1),
         "seconds_validating": round(sitting.validating_s, 1),
@@ -30,6 +31,7 @@ def tell_sitting(
         "loss_last": metrics.last_loss,
         "val_loss": at.metrics.get("val_loss"),
         "tokens_per_s": round(metrics.tokens_per_s, 1),
+        "target_tokens_per_s": round(metrics.target_tokens_per_s, 1),
         "mfu": round(metrics.mfu(metrics.tokens_per_s), 4) if metrics.peak_flops else None,
         "why": reason,
     }
@@ -46,7 +48,10 @@ def _rows(cfg: RunConfig, at: Progress, did: dict, seconds: float, global_rows: 
     rest = max(0.0, seconds - sum(spent.values()))
     rows["time"] = f"{clock(seconds)}: " + ", ".join(f"{name} {clock(s)}" for name, s in (spent | {"start-up and the rest": rest}).items())
     mfu = f", MFU {did['mfu']:.1%}" if did["mfu"] else ""
-    rows["speed"] = f"{did['tokens_per_s']:,.0f} tokens/s while training{mfu}"
+    with_loss = ""
+    if did["tokens"] < 0.99 * did["tokens_computed"]:
+        with_loss = f", {did['target_tokens_per_s']:,.0f} of them with loss"
+    rows["speed"] = f"{did['tokens_per_s']:,.0f} tokens/s{with_loss} while training{mfu}"
     if did["loss_first"] is not None:
         validation = f"; validation {did['val_loss']:.4f}" if did["val_loss"] else ""
         rows["loss"] = f"{did['loss_first']:.4f} to {did['loss_last']:.4f}{validation}"

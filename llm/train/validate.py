@@ -54,11 +54,15 @@ def reading_copy(cfg: RunConfig, engine: Engine, device: str) -> Transformer:
 
 def validate(engine: Engine, batches: Callable[[], Iterable[Batch]], byte_lengths: np.ndarray, world: World) -> dict[str, float]:
     """Mean loss per counted token (nats), and bits per byte = total nats / ln 2 / bytes of the counted tokens. Collective."""
-    rank_nats, rank_targets, rank_bytes = 0.0, 0, 0
-    for batch in batches():
-        loss_sum, n_targets = engine.evaluate(batch)
-        targets = batch.targets_BT.numpy()
-        rank_nats, rank_targets = rank_nats + loss_sum, rank_targets + n_targets
-        rank_bytes += int(byte_lengths[targets[targets >= 0]].sum())
-    nats, n_targets, n_bytes = summed(world, [rank_nats, rank_targets, rank_bytes])
+
+    def rank_sums() -> list[float]:
+        rank_nats, rank_targets, rank_bytes = 0.0, 0, 0
+        for batch in batches():
+            loss_sum, n_targets = engine.evaluate(batch)
+            targets = batch.targets_BT.numpy()
+            rank_nats, rank_targets = rank_nats + loss_sum, rank_targets + n_targets
+            rank_bytes += int(byte_lengths[targets[targets >= 0]].sum())
+        return [rank_nats, rank_targets, rank_bytes]
+
+    nats, n_targets, n_bytes = summed(world, world.together(rank_sums))
     return {"loss": nats / max(1, n_targets), "bits_per_byte": nats / math.log(2) / max(1, n_bytes)}

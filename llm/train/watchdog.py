@@ -16,10 +16,15 @@ Result = TypeVar("Result")
 WIDER = 4  # loading, compiling, validating and saving take as long as they take, so long as they end
 
 
+def collective_timeout_s(limit_s: float | None) -> float | None:
+    """How long collectives are to wait where the watchdog has this limit: longer than it does, for it leaves an exit record."""
+    return limit_s and 2 * WIDER * limit_s + 60
+
+
 class Watchdog:
     """Started at once and watched by a thread of its own until `close`. `limit_s` None: never barks."""
 
-    def __init__(self, limit_s: float | None, rank: int, note: Callable[[str, int, str], None]):
+    def __init__(self, limit_s: float | None, rank: int, note: Callable[[str], None]):
         self.limit_s, self.rank, self.note = limit_s, rank, note
         self._doing, self._allowed_s, self._waited_s, self._boundaries = "starting", WIDER * (limit_s or 0), 0.0, 0
         self._closed = threading.Event()
@@ -66,7 +71,7 @@ class Watchdog:
         why = f"rank {self.rank} hangs: {self._doing} has taken more than {self._allowed_s:g} s (train.hang_timeout_s {self.limit_s:g})"
         print(f"{why}. Where each thread is:", file=sys.stderr, flush=True)
         faulthandler.dump_traceback(file=sys.stderr, all_threads=True)
-        self.note(why, RETRY, "retryable")
+        self.note(why)
         told = f"error: {why}. Its log has the stacks. It leaves with code {RETRY}: run the same command again.\n"
         with suppress(OSError, ValueError):
             os.write(terminal().fileno(), told.encode())

@@ -34,9 +34,41 @@ def sabotage(world, folder: str) -> dict:
     for way, (stage, method, replacement) in zip(WAYS, replacements, strict=True):
         with mock.patch.object(Engine, method, replacement):
             messages[way] = refusal(world, ENGINES[stage])
+    files = {name: refusal_of_file(world, folder, content) for name, (content, *_) in FILES.items()}
+    return messages | files | {"none": refusal(world, ENGINES["zero1"])}
+
+
+# What a file says beside its stage, 1; what of the refusal names the place; what it names to write instead. No words: it is taken.
+ZERO = {"stage": 1}
+FILES = {
+    "a key misspelt": ({"gradient_cliping": 1.0}, "gradient_cliping", "'gradient_clipping'"),
+    "a section misspelt": ({"zero_optimisation": ZERO}, "zero_optimisation", "'zero_optimization'"),
+    "a key of a section": ({"flops_profiler": {"enable": True}}, "flops_profiler.enable", "'enabled'"),
+    "a key of a section of ours": ({"torch_autocast": {"enabeld": True}}, "torch_autocast.enabeld", "'enabled'"),
+    "a key of a list of types": ({"data_types": {"grad_acum_dtype": "fp32"}}, "data_types.grad_acum_dtype", "'grad_accum_dtype'"),
+    "a key of ZeRO": ({"zero_optimization": ZERO | {"overlap_com": True}}, "zero_optimization.overlap_com", "'overlap_comm'"),
+    "a key below ZeRO": (
+        {"zero_optimization": ZERO | {"offload_optimizer": {"pin_memry": True}}}, "zero_optimization.offload_optimizer.pin_memry", "'pin_memory'",
+    ),
+    "a value of another type": ({"zero_optimization": ZERO | {"reduce_bucket_size": "many"}}, "zero_optimization.reduce_bucket_size", "'many'"),
+    "a section that is a switch": ({"zero_optimization": True}, "zero_optimization is true", "zero_optimization.stage"),
+    "an optimizer by name": ({"optimizer": "Adam"}, 'optimizer is "Adam"', "optimizer.type"),
+    "an old recipe's offload": ({"zero_optimization": ZERO | {"cpu_offload": True}}, "cpu_offload", "offload_optimizer"),
+    "an old recipe's amp": ({"amp": {"enabled": True}}, "AMP", "torch_autocast"),
+    "an old recipe's elasticity": ({"elasticity": {"enabled": True}}, "elasticity", "train_batch_size"),
+    "an old recipe's sparse gradients": ({"sparse_gradients": True}, "sparse_gradients", "removed"),
+    "an old recipe's stage 1": ({"zero_optimization": ZERO | {"legacy_stage1": True}}, "ZeRO Stage 1", "not supported"),
+    "a type that is none": ({"communication_data_type": "float8"}, "communication_data_type", "'bf16'"),
+    "gradients that travel in bf16": ({"communication_data_type": "bf16"},),
+    "gradients that travel in fp16": ({"communication_data_type": "fp16"},),
+    "a comment": ({"_comment": "of ours", "steps_per_print": 7, "zero_optimization": ZERO | {"round_robin_gradients": True}},),
+}  # fmt: skip
+
+
+def refusal_of_file(world, folder: str, content: dict) -> str | None:
     path = Path(folder, f"mine-{world.rank}.json")
-    path.write_text(json.dumps({"zero_optimization": {"stage": 1, "reduce_bucket": 5}}))
-    return messages | {"wrong key": refusal(world, {"zero_stage": 1, "ds_config": str(path)}), "none": refusal(world, ENGINES["zero1"])}
+    path.write_text(json.dumps({"zero_optimization": ZERO} | content))
+    return refusal(world, {"zero_stage": 1, "ds_config": str(path)})
 
 
 def refusal(world, engine: dict) -> str | None:
@@ -60,6 +92,10 @@ def test_a_sabotage_is_noticed_on_every_rank_and_the_version_is_named(messages, 
         assert rank[way] and "start-up check" in rank[way] and "deepspeed==0.19" in rank[way] and "engine.zero_stage=0" in rank[way]
 
 
-def test_a_key_that_deepspeed_does_not_know_is_refused_with_the_file_named(messages):
+@pytest.mark.parametrize("name", FILES)
+def test_a_file_of_the_users_is_taken_or_refused_with_the_place_in_it_and_never_for_deepspeeds_version(messages, name):
+    _, *named = FILES[name]
     for rank in messages:
-        assert "mine-" in rank["wrong key"] and "reduce_bucket" in rank["wrong key"]
+        told = rank[name]
+        assert (told is not None) == bool(named), told
+        assert not named or (all(words in told for words in [*named, "mine-"]) and "pip install" not in told and "\n  For further" not in told), told

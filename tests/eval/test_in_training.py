@@ -55,7 +55,7 @@ def test_a_run_with_tasks_ends_in_the_same_bits_and_measures_what_the_command_me
     for rank in found:
         assert rank["runs"][0] == rank["runs"][1] and rank["runs"][0]["step"] == 5
         assert rank["measured"] == found[0]["measured"] and len(rank["measured"]) == 2
-        assert ("other data on rank 1" in rank["refused"]) is (ranks == 2)
+        assert ("other content on rank 1" in rank["refused"]) is (ranks == 2)
     states = [sorted((tmp_path / "checkpoints" / run).glob("step-*/rank-*.json")) for run in ("without", "with")]
     without, with_tasks = ([path.read_bytes() for path in paths] for paths in states)
     assert without == with_tasks and len(without) == ranks  # states of random number generators

@@ -129,9 +129,9 @@ def _train(rank: int, ranks: int, place: str, config: str, words: tuple, fault: 
         os.environ["FAULT"] = fault
         points.install(rank, Path(place))
     meeting = {"place": (rank, ranks, 0)} if hosts else {"place": (rank, ranks, rank), "init_method": f"file://{place}/rendezvous"}
-    world = dist.start(**meeting, timeout_minutes=1)
     try:
-        sit(world, config, list(words), str(Path(config).parent / "fed"), **options)
+        with dist.joined(**meeting, timeout_minutes=1) as world:
+            sit(world, config, list(words), str(Path(config).parent / "fed"), **options)
     except UserError as error:
         print(f"error: {error}", flush=True)
         return error.exit_code

@@ -7,10 +7,12 @@ What the rank does when it comes to the point for the nth time:
   hang      never comes back             bitflip                   turns a bit of the file just written (on_disk)
   hold      says so in a file of the folder HOLD (reached-RANK, with its pid) and waits there for the file `go`
   crash     raises a ValueError          late                      goes on after five seconds
+  segfault  crashes in native code
 
 Points from before_rename on are passed by rank 0 alone: meant for another rank, they mean that rank 0 kills that one when it gets there.
 """
 
+import ctypes
 import errno
 import os
 import random
@@ -100,6 +102,7 @@ ACTS = {
     "bitflip": _flip_a_bit,
     "hold": _hold,
     "crash": _raise(ValueError("made for the test")),
+    "segfault": lambda *_: ctypes.string_at(0),
     "late": lambda *_: time.sleep(LATE_S),
 }
 
@@ -201,6 +204,22 @@ def _forward(fire) -> None:
     _around(TorchEngine, "_loss", before=lambda _: fire())
 
 
+def _torch():
+    import torch
+
+    return torch
+
+
+def _torch_engine_file():
+    from llm.engine import torch_engine
+
+    return torch_engine
+
+
+def _torch_engine():
+    return _torch_engine_file().TorchEngine
+
+
 def _first_step(fire) -> None:
     from llm.train import start as starting
 
@@ -235,5 +254,18 @@ WRAPS = {
     "micro_batch": _forward,
     "eval": lambda fire: _around(_run(), "validate", before=lambda _: fire()),
     "save": lambda fire: _around(_run().Keeper, "save", before=lambda _: fire()),
+    "stream": lambda fire: _around(_loop().Stream, "step", before=lambda _: fire()),
+    "loss": lambda fire: _around(_torch_engine(), "_loss", after=lambda _: fire()),
+    "backward": lambda fire: _around(_torch().Tensor, "backward", before=lambda _: fire()),
+    "reduction": lambda fire: _around(_torch_engine_file(), "global_sums", before=lambda _: fire()),
+    "optimizer": lambda fire: _around(_torch().optim.AdamW, "step", before=lambda _: fire()),
+    "group": lambda fire: _around(_torch(), "_foreach_add_", before=lambda _: fire()),  # of parameters, in the optimizer
+    "updated": lambda fire: _around(_torch_engine(), "_update", after=lambda _: fire()),
+    "evaluate": lambda fire: _around(_torch_engine(), "evaluate", before=lambda _: fire()),
+    "metrics": lambda fire: _around(_run().Metrics, "step", before=lambda _: fire()),
+    "board": lambda fire: _around(_run().Metrics, "_on_board", before=lambda _: fire()),
+    "validated": lambda fire: _around(_run().Metrics, "validation", before=lambda _: fire()),
+    "sample": lambda fire: _around(_run(), "autocast", before=lambda _: fire()),
+    "manifest_of": lambda fire: _around(_run().Keeper, "_manifest", before=lambda _: fire()),
     "applied": lambda fire: _around(_loop(), "chain", before=lambda _: fire()),
 }

@@ -3,12 +3,14 @@
 import json
 import os
 import signal
+import time
 from pathlib import Path
 
 import pytest
 from counts import TORTURE
 from launched import Launched
 from little_run import make_run
+from lives import start
 
 from llm.checkpoint import folder
 
@@ -100,6 +102,28 @@ def test_a_second_signal_leaves_at_once_and_nothing_half_published(config, phase
     assert run.process.returncode == 128 + signal.SIGTERM
     assert "saved" not in run.output.rpartition("SIGTERM: finishing")[2]
     assert checkpoints(config) == ([2] if phase == "step" else [])
+
+
+# Rank 1 is held; rank 0 waits for it in a collective, where no handler of Python's runs.
+WAITS = {"in a step": ("step:1:3:hold", []), "in a reduction": ("micro_batch:1:3:hold", []), "in validation": ("eval:1:1:hold", []),
+         "in a save": ("save:1:1:hold", []), "at the start": ("init:1:1:hold", []), "ZeRO": ("step:1:3:hold", ["zero_stage=2"])}  # fmt: skip
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT] if TORTURE else [signal.SIGINT])
+@pytest.mark.parametrize("where", WAITS if TORTURE else ["in a step"])
+def test_the_second_signal_leaves_at_once_also_while_the_rank_waits_for_others_in_native_code(tmp_path, where, number):
+    fault, words = WAITS[where]
+    group = start(make_run(tmp_path, epochs=1000, save_every=2, eval_every=2), 2, *words, fault=fault)
+    group.reached(1)
+    waiting = group.processes[0]
+    give_up_at = time.monotonic() + 20
+    while waiting.is_alive():  # what comes within two seconds of the first is the same request
+        assert time.monotonic() < give_up_at, "it waits on"
+        os.kill(waiting.pid, number)
+        waiting.join(0.1)
+    assert waiting.exitcode == 128 + number
+    group.go()
+    group.ended()
 
 
 def test_a_run_whose_terminal_was_closed_saves_all_the_same(config):

@@ -10,8 +10,8 @@ from llm.dist import World
 from llm.log import UserError
 
 
-class Died(Exception):
-    """Nothing is saved when it comes, as when the machine goes down: a rank among several cannot know that the others still work."""
+class Died(BaseException):
+    """Nothing is saved when it comes and no rank is told, as when the machine goes down: no Exception, which training would see to."""
 
 
 def held(engine, parameters: dict) -> list[int]:

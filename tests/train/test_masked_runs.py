@@ -1,5 +1,6 @@
 """Training on conversations: only the assistant's tokens move weights, documents are kept apart, and the ledger accounts for it all."""
 
+import json
 import subprocess
 import sys
 from pathlib import Path
@@ -62,6 +63,22 @@ def test_the_gradient_of_a_users_token_is_exactly_zero_and_counted_tokens_alone_
 
 
 CUTS = {"windows": [], "apart": ["document_mask=true"], "packed": ["document_mask=true", "packing=bestfit"]}
+
+
+@pytest.mark.parametrize("cut", CUTS)
+def test_speed_counts_every_token_that_was_computed_and_the_targets_have_a_number_of_their_own(tmp_path, cut):
+    config = make_chats(tmp_path)
+    run_ranks(whole, 2, tmp_path, str(config), CUTS[cut], str(tmp_path / "fed"))
+    cfg = load_config(config, CUTS[cut])
+    shard = Shard.open(next((tmp_path / "chats").glob("train-*.meta.json")))
+    sampler = Sampler(newest_ledger(config).phases[0], [shard])
+    batches = micro_batches(sampler, 0, 16, 0, 1, 16)
+    inputs = sum(int((batch.tokens_BT < 100).sum()) for batch in batches)  # the text's ids: padding has another
+    assert len(sampler.windows) <= 16 and (cut == "packed" or inputs == 100)
+    (did,) = (json.loads(line) for line in (cfg.log_folder / "sittings.jsonl").read_text().splitlines())
+    assert did["tokens_computed"] == inputs
+    assert did["tokens"] == (len(COUNTED - {0}) if cut == "windows" else len(APART)) == fed_targets(tmp_path / "fed").total()
+    assert did["tokens_per_s"] * did["tokens"] == pytest.approx(did["target_tokens_per_s"] * inputs, rel=1e-3)
 
 
 def interrupted(world, config: str, cut: list[str], fed: str) -> dict:

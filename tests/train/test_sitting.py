@@ -1,9 +1,11 @@
 """What a sitting leaves behind beside its checkpoints: metrics, TensorBoard, the log of sittings, the view of the ledger."""
 
 import json
+import time
+from datetime import timedelta
 
 import pytest
-from little_run import make_run, message_of, sit
+from little_run import losses, make_run, message_of, sit
 from ranks import run_ranks
 
 from llm.checkpoint import folder
@@ -33,6 +35,45 @@ def test_tensorboard_holds_the_numbers_of_metrics_jsonl(tmp_path):
     for key in ("train/loss", "train/lr", "train/grad_norm", "val/loss", "val/bits_per_byte"):
         written = [(r["step"], r[key]) for r in records if key in r]
         assert written and [(e.step, pytest.approx(e.value)) for e in board.Scalars(key)] == written
+
+
+def sit_go_back_and_sit(world: World, config: str) -> None:
+    settings = ["tensorboard=true", "save_every=4", "eval_every=0"]
+    sit(world, config, settings, steps_today=6)  # saves at 4 and 6
+    sit(world, config, settings, steps_today=3, from_step=4)
+
+
+def die_and_sit(world: World, config: str) -> None:
+    """Seven steps of which four are in a checkpoint, and once more; the first end is one that sees to nothing."""
+    from llm.train import loop
+
+    class Died(BaseException):
+        pass
+
+    collect, calls = loop.collect_garbage, iter(range(1, 100))
+
+    def die(step):
+        if next(calls) == 7:
+            raise Died
+        collect(step)
+
+    loop.collect_garbage = die
+    with pytest.raises(Died):
+        sit(world, config, ["tensorboard=true", "save_every=4", "eval_every=0"])
+    sit(world, config, ["tensorboard=true", "save_every=4", "eval_every=0"])
+
+
+@pytest.mark.parametrize(("work", "steps"), [(sit_go_back_and_sit, 7), (die_and_sit, 10)])
+def test_tensorboard_shows_each_step_once_after_a_kill_and_after_going_back(tmp_path, work, steps):
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    config = make_run(tmp_path)
+    run_ranks(work, 1, tmp_path, str(config))
+    board = EventAccumulator(str(run_of(config) / "logs" / "tensorboard"))
+    board.Reload()
+    assert [e.step for e in board.Scalars("train/loss")] == list(range(1, steps + 1))
+    last = losses(config)
+    assert [e.value for e in board.Scalars("train/loss")] == [pytest.approx(last[step]) for step in range(1, steps + 1)]
 
 
 def sit_twice(world: World, config: str) -> None:
@@ -162,6 +203,7 @@ def fill_the_disk_under_tensorboard(world: World, config: str) -> str:
     cfg = load_config(config, ["tensorboard=true", "vocab_size=2048"])
     cfg.log_folder.mkdir(parents=True)
     metrics = Metrics(cfg, world, Sitting(0.0), DatasetTokens({}))
+    metrics.start(0, {"config": {}})
     resource.setrlimit(resource.RLIMIT_FSIZE, (10, resource.RLIM_INFINITY))
     metrics.page("a", "text", 1)
     metrics.close()
@@ -173,13 +215,13 @@ def test_a_disk_that_is_full_ends_tensorboard_and_not_training(tmp_path):
 
 
 def tell_many_steps_on_rank_1(world: World, config: str) -> int:
-    from llm.train.metrics import Metrics
+    from llm.train.metrics import Metrics, StepRecord
 
     if world.rank == 0:
         return 0
     metrics = Metrics(load_config(config, ["vocab_size=2048"]), world, Sitting(0.0), DatasetTokens({}))
     for step in range(100):
-        metrics.step(step, None, loss=1.0, lr=1.0, grad_norm=1.0, tokens=1, seconds=1.0, data_wait_s=0.0)
+        metrics.step(step, None, StepRecord(1.0, 1.0, 1.0, targets=1, tokens=1, seconds=1.0, data_wait_s=0.0))
     return len(metrics._window)
 
 
@@ -195,5 +237,28 @@ def with_another_rate_on_rank_1(world: World, config: str) -> str:
 def test_ranks_that_were_started_with_other_settings_are_refused_together(tmp_path):
     config = make_run(tmp_path)
     told = run_ranks(with_another_rate_on_rank_1, 2, tmp_path, str(config))
-    assert told == ["ConfigError: train.lr is 0.01 on rank 0, but 0.5 on rank 1. Start all ranks with one config."] * 2
+    assert told == ["ConfigError: train.lr is 0.01 on rank 0, but 0.5 on rank 1. Start all ranks with one config and one command."] * 2
     assert not run_of(config).exists()
+
+
+def late_in_a_step(world: World, config: str) -> str:
+    """All groups begin with a time-out of 0.5 s; rank 1 takes longer than that for a step, and less than train.hang_timeout_s."""
+    import torch.distributed as torch_dist
+
+    from llm.train import loop
+
+    for group in (world.group, torch_dist.group.WORLD):
+        torch_dist.distributed_c10d._set_pg_timeout(timedelta(seconds=0.5), group)
+    digest = loop.step_digest
+
+    def late(batches):
+        if world.rank == 1:
+            time.sleep(0.8)
+        return digest(batches)
+
+    loop.step_digest = late
+    return message_of(world, config, ["train.hang_timeout_s=20", "eval_every=0", "batch_tokens=320"])
+
+
+def test_ranks_wait_for_each_other_as_long_as_the_config_says_and_not_as_their_groups_began(tmp_path):
+    assert run_ranks(late_in_a_step, 2, tmp_path, str(make_run(tmp_path))) == ["went on"] * 2
