@@ -117,6 +117,66 @@ MUTATIONS = {
         "yield names[id(p)], flat, begin - first, begin - position + (begin > position), stop - begin",
         "tests/faults/test_topology.py -k ranks_and_stages",
     ),
+    "what cannot be judged stays where it is": Mutation(
+        "llm/checkpoint/resume.py",
+        "        if not finding.is_damage:",
+        "        if False:",
+        "tests/checkpoint/test_judging.py",
+    ),
+    "the table of what holds of every checkpoint": Mutation(
+        "llm/checkpoint/resume.py",
+        "            check_invariants(path, manifest, rules)\n",
+        "",
+        "tests/train/test_invariants.py",
+    ),
+    "the comparison of a base's settings with the model's": Mutation(
+        "llm/train/start.py",
+        "    world.on_rank_0(lambda: check_source(source.folder, saved, cfg, accepted))",
+        "    pass",
+        "tests/train/test_init_from.py",
+    ),
+    "the precision that a run keeps": Mutation(
+        "llm/engine/precision.py",
+        '    precision = saved if given == "auto" else given',
+        "    precision = measure_rates(world.device).fastest",
+        "tests/train/test_precision.py",
+    ),
+    "the bases of a run in its checkpoints": Mutation(
+        "llm/train/keeper.py",
+        "            bases=self.bases,",
+        "            bases=None,",
+        "tests/train/test_lineage.py",
+    ),
+    "the ledger's part of a file of ids that has grown": Mutation(
+        "llm/train/start.py",
+        "    train_shards, refused = settle_imports(train_shards, position.ledger, world)",
+        "    refused = []",
+        "tests/train/test_grown_ids.py -k exactly_once",
+    ),
+    "the comparison of files between ranks": Mutation(
+        "llm/dist.py",
+        "            if digest != of_ranks[0][0]:",
+        "            if False:",
+        "tests/faults/test_one_rank_alone.py",
+    ),
+    "a file beside the old one until it is whole": Mutation(
+        "llm/durable.py",
+        "        yield fresh\n        _fsync(fresh)",
+        "        yield path\n        shutil.copy(path, fresh)",
+        "tests/faults/test_whole_files.py",
+    ),
+    "the end of page-locking before its memory is given back": Mutation(
+        "llm/checkpoint/staging.py",
+        "    error = int(torch.cuda.cudart().cudaHostUnregister(buffer.data_ptr()))",
+        "    error = 0",
+        "tests/checkpoint/test_staging.py",
+    ),
+    "the thread that hears a signal in native code": Mutation(
+        "llm/train/faults.py",
+        "signal.set_wakeup_fd(self._wakeup.fileno(), warn_on_full_buffer=False)",
+        "-1",
+        "tests/faults/test_signals.py -k native_code",
+    ),
 }
 
 
