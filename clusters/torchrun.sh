@@ -13,6 +13,7 @@ cd "$(dirname "$0")/.."
 head=$(getent ahostsv4 "$HEAD" | awk 'NR == 1 { print $1 }') || true # told in the next line
 here=$(ip -4 -oneline route get "${head:?HEAD=$HEAD is no address and no name that is known here}" | sed -n 's/.* src \([0-9.]*\).*/\1/p')
 
+echo "waiting at $head:${PORT:-29400} for ${HOSTS:?how many hosts} hosts, of which torchrun says nothing" >&2
 export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=300 # seconds that a last checkpoint may take; torch 2.11 does not know it and waits 30
 # is_host and --local-addr: torchrun would look up this host's own name, which on many systems is 127.0.1.1, and nobody would be found
 exec torchrun --nnodes "${HOSTS:?how many hosts}" --nproc-per-node "${RANKS:-gpu}" --max-restarts "${RESTARTS:-0}" \

@@ -10,6 +10,7 @@ import json
 import os
 import socket
 import time
+from contextlib import suppress
 from pathlib import Path
 
 from llm import durable
@@ -43,7 +44,7 @@ class ExitNote:
     def __init__(self, cfg: RunConfig, world: World):
         self.path, self.world = cfg.log_folder / "exit.json", world
         self.at = None  # the Progress that moves along
-        self._count = cfg.run_folder / "failed_sittings.json"
+        self._count = cfg.run_folder / "failed_sessions.json"
         self._start_step = 0
         self._crash = cfg.log_folder / f"crash-{world.rank}.txt"
         self._crash_file = None
@@ -55,16 +56,18 @@ class ExitNote:
         """
         self.at, self._start_step = at, at.step
         self.world.on_rank_0(lambda: self._begin(retry_anyway))
-        self._crash_file = open(self._crash, "w")  # noqa: SIM115 - what a signal handler writes to must stay open
-        faulthandler.enable(self._crash_file)
+        with suppress(OSError):  # a disk that takes no logs ends no run
+            self._crash_file = open(self._crash, "w")  # noqa: SIM115 - a signal handler writes to it
+            faulthandler.enable(self._crash_file)
 
     def _begin(self, retry_anyway: bool) -> None:
+        is_counted = self._last_is_counted()
         self.path.unlink(missing_ok=True)
         crashes = [path for path in self.path.parent.glob("crash-*.txt") if _take_crash(path)]
         if crashes:
-            log.warning(
-                f"The last sitting crashed in native code: {crashes[0].with_suffix('.last.txt')} has the stacks."
-            )
+            stacks = crashes[0].with_suffix(".last.txt")
+            log.warning(f"The last sitting crashed in native code: {stacks} has the stacks.")
+        if crashes and not is_counted:
             self._count_failure()
         if retry_anyway:
             self._count.unlink(missing_ok=True)
@@ -74,6 +77,13 @@ class ExitNote:
                 f"The last {failed} sittings started at step {self._start_step:,} as this one would, and all failed by themselves before the "
                 f"next checkpoint: see {self.path.parent}. Remove the cause, then give --retry-anyway once."
             )
+
+    def _last_is_counted(self) -> bool:
+        """Whether another rank of the last sitting has noted a failure that counts."""
+        try:
+            return json.loads(self.path.read_text(encoding="utf-8"))["by_itself"]
+        except (OSError, ValueError, KeyError, TypeError):
+            return False
 
     def _count_failure(self) -> None:
         count = {"step": self._start_step, "failed": self._failed_before() + 1}
@@ -124,7 +134,7 @@ class ExitNote:
             return
         record = {
             "why": why, "code": code, "kind": kind, "step": self.at.step, "rank": self.world.rank, "host": socket.gethostname(),
-            "pid": os.getpid(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
+            "pid": os.getpid(), "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"), "by_itself": by_itself,
         }  # fmt: skip
         mine = self.path.with_name(f".exit-{self.world.rank}.json")
         try:
