@@ -112,8 +112,10 @@ LISTED = {
         "llm/checkpoint/folder.py:publish:rename",
         "llm/checkpoint/folder.py:quarantine:rename",
         "llm/checkpoint/folder.py:remove:rename",
-        "llm/train/start.py:make_folders:rename",
-        "llm/train/exits.py:write:link",
+        "llm/train/start.py:_move_aside:rename",
+        "llm/train/exits.py:_write:link",
+        "llm/train/exits.py:_take_crash:replace",
+        "llm/train/log_owner.py:sign:link",
     },
     "appends; its reader passes over a line that was cut off": {
         "llm/train/lines.py:note:open",
@@ -125,8 +127,10 @@ LISTED = {
     "a lock: its content, if any, may be torn": {
         "llm/checkpoint/lock.py:_open:open",
         "llm/corpus/tokenize_corpus.py:_work_folder:open",
-        "llm/data/manifest.py:_one_writer:open",
+        "llm/data/import_ids.py:one_writer:open",
     },
+    "stacks for a person, written while the process dies": {"llm/train/exits.py:begin:open"},
+    "opened for reading alone": {"llm/checkpoint/plain_files.py:open_plain:open"},
     "a writer that write_documents gives the path of durable.new_file": {
         "llm/corpus/convert.py:_txt:open",
         "llm/corpus/convert.py:write_jsonl:open",

@@ -2,6 +2,8 @@
 
 import time
 
+import torch
+
 from llm.batch_plan import batch_plan
 from llm.config import RunConfig
 from llm.data.ledger import Ledger
@@ -28,7 +30,8 @@ def loader(cfg: RunConfig | None, device: str, precision: str) -> Line:
     plan = batch_plan(cfg, 1)
     phase = choose_phase(Ledger(), shards, Wish(), cfg.model_copy(update={"model": model}), 0, plan.global_rows).open_phase
     made = _tokens_per_s(Stream(Sampler(phase, pool(shards)), plan.global_rows, 0, 1, plan.micro_rows), phase.total, plan.global_rows)
-    needed = getattr(measure_rates(device), precision) / flops_per_token(model)
+    cores = torch.get_num_threads() if device == "cpu" else 1
+    needed = cores * getattr(measure_rates(device), precision) / flops_per_token(model)
     status = OK if made > 2 * needed else WARN if made > needed else FAIL
     advice = "The model would wait for data: put the shards on a faster disk, or into memory."
     return Line("loader", status, f"{made:,.0f} tokens/s from {len(pool(shards))} shards; the model takes {needed:,.0f} at the very most", advice)

@@ -1,7 +1,8 @@
 """`engine.precision: auto`: bf16 where this machine multiplies matrices faster in it, else fp32."""
 
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 
 import torch
@@ -19,7 +20,10 @@ FIELD = "engine.precision"
 
 @dataclass(frozen=True)
 class Rates:
-    """FLOP/s of a large matrix product on one device, by precision; 0 where it has no such product."""
+    """FLOP/s of a large matrix product on one device, of a CPU on one core, by precision.
+
+    0 where it has no such product.
+    """
 
     fp32: float
     bf16: float
@@ -47,47 +51,60 @@ def _giga(rate: float) -> str:
 
 
 def measure_rates(device: str) -> Rates:
-    """Time a large product of each precision, by turns, some 100 ms in all."""
-    products = {name: _product(device, dtype) for name, dtype in DTYPES.items()}
+    """Time a large product of each precision, by turns, some 100 ms in all.
+
+    On a CPU with one thread and by CPU time, which other programs do not slow down.
+    """
+    is_cpu = device.startswith("cpu")
+    n, clock = (512, time.thread_time) if is_cpu else (4096, time.perf_counter)
+    products = {name: _product(device, dtype, n) for name, dtype in DTYPES.items()}
     seconds = {name: float("inf") for name in products}
     rounds, began_at = 0, time.perf_counter()
-    while rounds < 2 or time.perf_counter() - began_at < SECONDS:  # the first one prepares kernels
-        for name, product in products.items():
-            seconds[name] = min(seconds[name], _seconds_of(product, device))
-        rounds += 1
-    return Rates(**{name: 2 * _matrix_rows(device) ** 3 / s for name, s in seconds.items()})
+    with _one_thread() if is_cpu else nullcontext():
+        while rounds < 2 or time.perf_counter() - began_at < SECONDS:  # the first prepares kernels
+            for name, product in products.items():
+                seconds[name] = min(seconds[name], _seconds_of(product, clock))
+            rounds += 1
+    return Rates(**{name: 2 * n**3 / s for name, s in seconds.items()})
 
 
-def _product(device: str, dtype: torch.dtype) -> Callable[[], float]:
-    """A product by the library that training uses. It waits for the device."""
-    n = _matrix_rows(device)
-    a, b = (torch.randn(n, n).to(device, dtype) for _ in range(2))
+def _product(device: str, dtype: torch.dtype, n: int) -> Callable[[], float]:
+    """A product of n x n matrices by the library that training uses. It waits for the device."""
+    generator = torch.Generator().manual_seed(0)  # the run's own goes into its checkpoints
+    a, b = (torch.randn(n, n, generator=generator).to(device, dtype) for _ in range(2))
     return lambda: times_transposed(a, b)[0, 0].item()
 
 
-def _matrix_rows(device: str) -> int:
-    """So many that all cores are busy, and few enough for a CPU that emulates bf16."""
-    if not device.startswith("cpu"):
-        return 4096
-    return 512 if torch.get_num_threads() <= 8 else 2048
+@contextmanager
+def _one_thread() -> Iterator[None]:
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(threads)
 
 
 @torch.no_grad()
-def _seconds_of(product: Callable[[], float], device: str) -> float:
+def _seconds_of(product: Callable[[], float], clock: Callable[[], float]) -> float:
     """Of one call; infinite where this device or this build of torch has no such product."""
-    started_at = time.perf_counter()
+    started_at = clock()
     try:
         product()
     except (RuntimeError, TypeError) as error:
-        log.debug(f"{device}: {error}")
+        log.debug(f"no product in this precision: {error}")
         return float("inf")
-    return time.perf_counter() - started_at
+    return clock() - started_at
+
+
+def _place(device: str) -> str:
+    return "CPU, by one core" if device.startswith("cpu") else device
 
 
 def choose(device: str) -> str:
     """What `auto` means on this device, logged with the reason."""
     rates = measure_rates(device)
-    log.info(f"precision: auto is {rates.fastest} on this machine's {device}, {rates}")
+    log.info(f"precision: auto is {rates.fastest} on this {_place(device)}, {rates}")
     return rates.fastest
 
 
@@ -97,7 +114,7 @@ def warn_if_slow(precision: str, device: str, advice: str) -> None:
     factor = rates.speedup_without(precision)
     if factor >= MIN_SPEEDUP:
         told = f"{_other(precision)} is {factor:,.3g} times as fast as {precision}"
-        log.warning(f"{told} on this machine's {device}, {rates}. {advice}")
+        log.warning(f"{told} on this {_place(device)}, {rates}. {advice}")
 
 
 def resolve_precision(cfg: RunConfig, world: World, saved: str | None = None) -> RunConfig:

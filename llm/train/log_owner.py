@@ -28,8 +28,8 @@ def sign(cfg: RunConfig) -> None:
     mine = cfg.log_folder / f".{NAME}-{os.getpid()}"
     durable.write_text(mine, text)
     try:
-        os.link(mine, cfg.log_folder / NAME)  # fails where it is there, be it only since `check`
-    except FileExistsError:
+        os.link(mine, cfg.log_folder / NAME)
+    except OSError:  # it is there, be it only since `check`, or this file system has no links
         check(cfg)
         durable.write_text(cfg.log_folder / NAME, text)
     finally:

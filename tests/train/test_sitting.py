@@ -118,7 +118,7 @@ def fail_in_the_fourth_step(world: World, config: str) -> str:
 
     def failing(self, *args):
         if self.model.training and next(calls) == 3 * 4 + 2:  # four micro-batches a step
-            raise RuntimeError("out of memory, for the test")
+            raise RuntimeError("a fault, for the test")
         return original(self, *args)
 
     TorchEngine._loss = failing
@@ -131,7 +131,7 @@ def fail_in_the_fourth_step(world: World, config: str) -> str:
 
 def test_an_error_between_two_updates_saves_first_and_is_raised(tmp_path):
     config = make_run(tmp_path)
-    assert run_ranks(fail_in_the_fourth_step, 1, tmp_path, str(config)) == ["out of memory, for the test"]
+    assert run_ranks(fail_in_the_fourth_step, 1, tmp_path, str(config)) == ["a fault, for the test"]
     assert [e.step for e in folder.entries(run_of(config))] == [3]
     whole = make_run(tmp_path / "whole")
     (resumed,), (never_stopped,) = (run_ranks(sit, 1, tmp_path, str(c)) for c in (config, whole))
